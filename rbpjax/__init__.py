@@ -1,0 +1,3 @@
+"""Gradients of recurrent computations without their history, as JAX transforms."""
+
+__version__ = "0.1.0"
