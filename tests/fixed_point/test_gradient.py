@@ -286,12 +286,12 @@ def test_uniform_start_is_the_papers():
     a = jnp.eye(3) - problem.params.T
     for scale in (1.0, 1e-3):
         g = scale * jax.grad(readout)(h)
-        rule = lambda k: RBP(FixedPointIteration(steps=k), seed=11)
-        solve = lambda k: (
-            rbpjax.rbp_vjp(problem.f, problem.params, problem.inputs, h, g, rule(k))[
-                1
-            ].value
-        )
+
+        def solve(k, g=g):
+            rule = RBP(FixedPointIteration(steps=k), seed=11)
+            args = (problem.f, problem.params, problem.inputs, h, g, rule)
+            return rbpjax.rbp_vjp(*args)[1].value
+
         start = solve(0)
         assert (start >= 0).all() and (start < 1).all()
         chex.assert_trees_all_close(start, solve(0), rtol=0)  # the seed decides
