@@ -1,12 +1,20 @@
 """Gradients of recurrent computations without their history, as JAX transforms."""
 
+from rbpjax.fixed_point.advice import Diagnosis, diagnose
 from rbpjax.fixed_point.backward import RBP, CGNormal, Neumann
+from rbpjax.fixed_point.bounds import gradient_error_bound, neumann_error_bound
 from rbpjax.fixed_point.diagnose import (
     adjoint_residual,
     jacobian_norm,
+    loop_cut_error,
     spectral_radius,
 )
 from rbpjax.fixed_point.forward import FixedPointIteration
+from rbpjax.fixed_point.regularize import (
+    contraction_penalty,
+    jacobian_penalty,
+    spectral_normalize,
+)
 from rbpjax.fixed_point.solve import (
     AdjointReport,
     rbp_jvp,
@@ -24,6 +32,7 @@ __all__ = [
     "AdjointReport",
     "BackwardRule",
     "CGNormal",
+    "Diagnosis",
     "FixedPointIteration",
     "ForwardSolver",
     "Neumann",
@@ -31,10 +40,17 @@ __all__ = [
     "StepFn",
     "adjoint_residual",
     "bptt",
+    "contraction_penalty",
+    "diagnose",
+    "gradient_error_bound",
     "jacobian_norm",
+    "jacobian_penalty",
+    "loop_cut_error",
+    "neumann_error_bound",
     "rbp_jvp",
     "rbp_solve",
     "rbp_vjp",
+    "spectral_normalize",
     "spectral_radius",
     "tbptt",
     "value_and_grad",

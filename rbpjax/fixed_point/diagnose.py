@@ -62,18 +62,8 @@ def spectral_radius(
     """
     if num_steps < 4:
         raise ValueError(f"`num_steps` must be at least 4; got {num_steps}.")
-    jvp, h = _jvp(f, params, inputs, h)
-
-    def grow(v: PyTree, _: None) -> tuple[PyTree, jax.Array]:
-        v, growth = tree.to_unit(jvp(v))
-        return v, growth
-
-    _, growth = lax.scan(grow, tree.random_unit(key, h), length=num_steps)
-    # The weighted least-squares slope of the cumulative logs equals an average of the
-    # increments under another window, which vanishes at both ends as well.
-    recent = jnp.log(growth[num_steps // 2 :])
-    window = jnp.hanning(len(recent) + 2)[1:-1].astype(recent.dtype)
-    return jnp.exp(jnp.sum(recent * window) / jnp.sum(window))
+    _, jvp, h = linearized(f, params, inputs, h)
+    return growth_rate(growth(jvp, tree.random_unit(key, h), num_steps))
 
 
 def jacobian_norm(
@@ -120,25 +110,57 @@ def jacobian_norm(
     """
     if num_steps < 1:
         raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")
-    jvp, h = _jvp(f, params, inputs, h)
-    vjp = tree.adjoint(jvp, h)
+    _, jvp, h = linearized(f, params, inputs, h)
+    return singular_range(jvp, tree.random_unit(key, h), num_steps)[0]
 
-    def lanczos(carry: tuple, _: None) -> tuple[tuple, tuple]:
-        q_old, q, beta = carry
-        w = vjp(jvp(q))
-        alpha = tree.vdot(q, w)
-        w = tree.axpy(-beta, q_old, tree.axpy(-alpha, q, w))
-        q_new, beta = tree.to_unit(w)
-        return (q, q_new, beta), (alpha, beta)
 
-    q = tree.random_unit(key, h)
-    start = (tree.scale(0.0, q), q, tree.vary_like(jnp.zeros_like(tree.norm(q)), q))
-    _, (alpha, beta) = lax.scan(lanczos, start, length=num_steps)
-    beta = beta[:-1]
-    # After an exact breakdown (beta = 0) q is zero, and so are the rows that follow.
-    tridiagonal = jnp.diag(alpha) + jnp.diag(beta, 1) + jnp.diag(beta, -1)
-    largest = jnp.linalg.eigvalsh(tridiagonal)[-1]
-    return jnp.sqrt(jnp.maximum(largest, 0))
+def loop_cut_error(
+    f: StepFn,
+    params: PyTree,
+    inputs: PyTree,
+    h: PyTree,
+    key: jax.Array,
+    *,
+    num_probes: int = 8,
+) -> jax.Array:
+    """How wrong the one-step gradient is: ‖Jᵀg‖ / ‖g‖, over random cotangents g.
+
+    Cutting the loop takes z = g (``Neumann(0)``, the "Jacobian-free" gradient), and
+    Jᵀg is what that leaves of the adjoint equation: its relative residual, for one
+    VJP. For the cotangent of your own loss it is
+    ``adjoint_residual(f, params, inputs, h, g, g)``.
+
+    The root mean square over random directions, an unbiased estimate of ‖J‖_F² / n
+    under the root, n being the number of entries of the state.
+
+    Cost: ``num_probes`` VJPs of f, one after the other; memory: two states.
+
+    Args:
+      f: step function ``f(params, inputs, h) -> h``.
+      params: pytree.
+      inputs: pytree.
+      h: the fixed point.
+      key: PRNG key of the cotangents.
+      num_probes: number of cotangents, at least 1.
+
+    Returns:
+      A scalar.
+
+    Raises:
+      ValueError: if ``num_probes`` is below 1, or f changes the state.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> w = 0.9 * jnp.array([[0.0, -1.0], [1.0, 0.0]])
+      >>> f = lambda w, x, h: w @ h + x
+      >>> key = jax.random.key(0)
+      >>> round(float(loop_cut_error(f, w, jnp.ones(2), jnp.zeros(2), key)), 6)
+      0.9
+    """
+    if num_probes < 1:
+        raise ValueError(f"`num_probes` must be at least 1; got {num_probes}.")
+    _, jvp, h = linearized(f, params, inputs, h)
+    return loop_cut(tree.adjoint(jvp, h), h, key, num_probes)
 
 
 def adjoint_residual(
@@ -181,9 +203,62 @@ def adjoint_residual(
     return tree.to_unit(defect)[1] / jnp.where(size == 0, 1, size)
 
 
-def _jvp(
+def linearized(
     f: StepFn, params: PyTree, inputs: PyTree, h: PyTree
-) -> tuple[LinearMap, PyTree]:
-    """The map v ↦ Jv at h, and h as arrays."""
+) -> tuple[LinearMap, LinearMap, PyTree]:
+    """The step h ↦ f(θ, x, h), the map v ↦ Jv at h, and h as arrays."""
     step, args, h = close(f, params, inputs, h)
-    return jax.linearize(partial(step, args), h)[1], h
+    step = partial(step, args)
+    return step, jax.linearize(step, h)[1], h
+
+
+def growth(linear: LinearMap, v: PyTree, num_steps: int) -> jax.Array:
+    """The factors by which ‖v‖ grows in each of ``num_steps`` applications."""
+
+    def grow(v: PyTree, _: None) -> tuple[PyTree, jax.Array]:
+        return tree.to_unit(linear(v))
+
+    return lax.scan(grow, v, length=num_steps)[1]
+
+
+def growth_rate(factors: jax.Array) -> jax.Array:
+    """The smoothed growth a step over the second half of the steps."""
+    # The weighted least-squares slope of the cumulative logs equals an average of the
+    # increments under another window, which vanishes at both ends as well.
+    recent = jnp.log(factors[len(factors) // 2 :])
+    window = jnp.hanning(len(recent) + 2)[1:-1].astype(recent.dtype)
+    return jnp.exp(jnp.sum(recent * window) / jnp.sum(window))
+
+
+def loop_cut(vjp: LinearMap, h: PyTree, key: jax.Array, num_probes: int) -> jax.Array:
+    """The root mean square of ‖Jᵀg‖ over random unit g."""
+    probe = lambda key: tree.norm(vjp(tree.random_unit(key, h)))
+    errors = lax.map(probe, jax.random.split(key, num_probes))
+    return jnp.sqrt(jnp.mean(errors**2))
+
+
+def singular_range(
+    apply: LinearMap, v: PyTree, num_steps: int
+) -> tuple[jax.Array, jax.Array]:
+    """The largest and the smallest singular value that ``num_steps`` of Lanczos see.
+
+    Golub and Kahan's bidiagonalization, which is Lanczos on AᵀA without its squared
+    condition number. Both values lie between the true extremes.
+    """
+    adjoint = tree.adjoint(apply, v)
+
+    def step(carry: tuple, _: None) -> tuple[tuple, tuple]:
+        u, v, beta, live = carry
+        u, alpha = tree.to_unit(tree.axpy(-beta, u, apply(v)))
+        v, beta = tree.to_unit(tree.axpy(-alpha, v, adjoint(u)))
+        return (u, v, beta, live & (beta > 0)), (alpha, beta, live)
+
+    zero = 0 * tree.norm(v)
+    start = (tree.scale(0.0, v), v, zero, zero == 0)
+    _, (alpha, beta, live) = lax.scan(step, start, length=num_steps)
+    # After an exact breakdown (beta = 0) the space is exhausted: the rows that follow
+    # are zero, and would be taken for a singular value. alpha[0] = ‖Av‖ is none of
+    # the extremes.
+    alpha = jnp.where(live, alpha, alpha[0])
+    values = jnp.linalg.svd(jnp.diag(alpha) + jnp.diag(beta[:-1], 1), compute_uv=False)
+    return values[0], values[-1]

@@ -1,0 +1,255 @@
+"""Keeping a network convergent: penalties on J, and a bound on a kernel.
+
+A recurrent network may leave the region where its iteration converges while it is
+trained. The two penalties are added to the loss, weighted; the normalization makes the
+bound part of the network.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from rbpjax.fixed_point import tree
+from rbpjax.fixed_point.solve import close
+from rbpjax.types import LinearMap, PyTree, StepFn
+
+
+def jacobian_penalty(
+    f: StepFn,
+    params: PyTree,
+    inputs: PyTree,
+    h: PyTree,
+    key: jax.Array | None = None,
+    *,
+    num_probes: int = 1,
+    probes: PyTree | None = None,
+) -> jax.Array:
+    """An estimate of ‖J‖_F² / n, n being the number of entries of h.
+
+    ‖J‖_F² = E‖Jᵀε‖² over ε ~ N(0, I) (Hutchinson), and ρ(J)² ≤ ‖J‖_F². Unbiased for
+    any number of probes, in the value and in its gradient. The penalty shrinks all of
+    J, the harmless part too; its weight is small (0.1 to 2 in the paper's experiments
+    with one probe).
+
+    Differentiable in params, inputs and h. Whether the dependence of h = h* on params
+    counts is the caller's choice: ``jax.lax.stop_gradient(h)`` leaves it out, as the
+    paper's code does, and saves an adjoint solve.
+
+    Cost: ``num_probes`` VJPs of f and one linearization, twice that for the gradient;
+    memory: the intermediate values of f for each probe.
+
+    Args:
+      f: step function ``f(params, inputs, h) -> h``.
+      params: pytree.
+      inputs: pytree.
+      h: the state, usually the fixed point.
+      key: PRNG key of the probes; a new one each training step.
+      num_probes: number of probes, at least 1.
+      probes: the ε themselves instead of a key: a pytree like h with one more, leading,
+        axis. Over √n times an orthonormal basis the mean is exact.
+
+    Returns:
+      A scalar, the mean over probes.
+
+    Raises:
+      ValueError: if not exactly one of ``key`` and ``probes`` is given, ``num_probes``
+        is below 1, ``probes`` is not like h, or f changes the state.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> w = jnp.array([[0.0, 3.0], [-1.0, 0.0]])
+      >>> f = lambda w, x, h: w @ h + x
+      >>> basis = 2**0.5 * jnp.eye(2)
+      >>> float(jacobian_penalty(f, w, jnp.ones(2), jnp.ones(2), probes=basis).round(9))
+      5.0
+
+    References:
+      Bai, Koltun, Kolter, "Stabilizing Equilibrium Models by Jacobian Regularization",
+      ICML 2021, equation 6, https://arxiv.org/abs/2106.14342.
+    """
+    vjp, h = _vjp(f, params, inputs, h)
+    if (key is None) == (probes is None):
+        raise ValueError("jacobian_penalty: give one of `key` and `probes`.")
+    if key is not None:
+        if num_probes < 1:
+            raise ValueError(f"`num_probes` must be at least 1; got {num_probes}.")
+        probes = _normal(key, h, num_probes)
+    shapes = lambda t: jax.tree.map(jnp.shape, t)
+    if shapes(jax.tree.map(lambda u: u[0], probes)) != shapes(h):
+        raise ValueError(
+            "`probes` must be like `h` with one more leading axis; got "
+            f"{shapes(probes)} for {shapes(h)}."
+        )
+
+    def square(probe: PyTree) -> jax.Array:
+        v = vjp(probe)
+        return tree.vdot(v, v)
+
+    return jnp.mean(jax.vmap(square)(probes)) / _size(h)
+
+
+def contraction_penalty(
+    f: StepFn,
+    params: PyTree,
+    inputs: PyTree,
+    h: PyTree,
+    *,
+    bound: float = 0.9,
+) -> jax.Array:
+    """The excess of J's column sums over a bound: mean of ((Jᵀ1)ᵢ - bound)₊².
+
+    One VJP with ones gives the column sums. For J ≥ 0 they bound ρ(J) (the largest of
+    them is ‖J‖₁), so that the penalty is zero only if ρ(J) ≤ bound. In general it is a
+    heuristic: the sums are signed, excitation and inhibition cancel, and J = -2I costs
+    nothing. Unlike ``jacobian_penalty`` it leaves alone what is below the bound, and
+    has no noise.
+
+    Differentiable in params, inputs and h, as ``jacobian_penalty`` is.
+
+    Cost: one VJP of f, twice that for the gradient.
+
+    Args:
+      f: step function ``f(params, inputs, h) -> h``.
+      params: pytree.
+      inputs: pytree.
+      h: the state, usually the fixed point; real.
+      bound: what a column may sum to, in [0, 1) for a contraction.
+
+    Returns:
+      A scalar.
+
+    Raises:
+      ValueError: if h is complex, ``bound`` is a negative number, or f changes the
+        state.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> w = jnp.array([[1.0, 0.2], [0.9, 0.3]])  # columns sum to 1.9 and 0.5
+      >>> f = lambda w, x, h: w @ h + x
+      >>> float(contraction_penalty(f, w, jnp.ones(2), jnp.ones(2)).round(9))
+      0.5
+
+    References:
+      Linsley et al., "Stable and expressive recurrent vision models", NeurIPS 2020,
+      section 4, https://arxiv.org/abs/2005.11362. The mean of squares is that of their
+      code; the paper writes the norm.
+    """
+    if isinstance(bound, (int, float)) and not bound >= 0:
+        raise ValueError(f"`bound` must not be negative; got {bound}.")
+    vjp, h = _vjp(f, params, inputs, h)
+    if any(jnp.iscomplexobj(u) for u in jax.tree.leaves(h)):
+        raise ValueError("contraction_penalty: `h` must be real; got complex leaves.")
+    sums = vjp(jax.tree.map(jnp.ones_like, h))
+    excess = jax.tree.map(
+        lambda u: jnp.maximum(u - jnp.asarray(bound, u.dtype), 0), sums
+    )
+    return tree.vdot(excess, excess) / _size(h)
+
+
+def spectral_normalize(
+    kernel: jax.Array, target: ArrayLike, *, num_steps: int | None = None
+) -> jax.Array:
+    """The kernel, scaled down where its largest singular value σ exceeds ``target``.
+
+    f(h) = φ(Wh + x) with |φ′| ≤ 1 contracts if ‖W‖₂ < 1, so that a target below 1 makes
+    the network convergent whatever its training does: apply it inside f to the kernel.
+    A kernel with σ ≤ target is returned as it is, and with its gradient.
+
+    A kernel of more than two axes is taken as the matrix (all but the last) × last, as
+    for dense layers and flax's convolutions (…, in, out). As an operator on images,
+    with circular or zero padding, a convolution of k taps has a norm of at most √k
+    times this σ: divide the target by √k for a guarantee.
+
+    Exact by a singular value decomposition, or, with ``num_steps``, by the power method
+    from a fixed start: σ from below, and the result that much above the target. The
+    gradient is that of the exact σ in the limit of many steps.
+
+    Cost: O(m n min(m, n)) for an m × n matrix; O(m n) a step of the power method. AD
+    modes: all.
+
+    Args:
+      kernel: array of at least two axes.
+      target: the largest singular value allowed, positive.
+      num_steps: ``None``: exact; or the number of steps of the power method.
+
+    Returns:
+      An array like ``kernel``.
+
+    Raises:
+      ValueError: if ``kernel`` is not a floating-point array of at least two axes,
+        ``target`` is a number that is not positive, or ``num_steps`` is below 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> kernel = jnp.array([[3.0, 0.0], [0.0, 1.0]])
+      >>> spectral_normalize(kernel, 0.9).round(6).tolist()
+      [[0.9, 0.0], [0.0, 0.3]]
+
+    References:
+      Miyato et al., "Spectral Normalization for Generative Adversarial Networks", ICLR
+      2018, https://arxiv.org/abs/1802.05957, who scale to σ = 1 always. The bound for
+      convolutions: Sedghi, Gupta, Long, ICLR 2019, https://arxiv.org/abs/1805.10408.
+    """
+    kernel = jnp.asarray(kernel)
+    if kernel.ndim < 2 or not jnp.issubdtype(kernel.dtype, jnp.floating):
+        raise ValueError(
+            "`kernel` must be a floating-point array of at least two axes; got "
+            f"{kernel.dtype}{list(kernel.shape)}."
+        )
+    if isinstance(target, (int, float)) and not target > 0:
+        raise ValueError(f"`target` must be positive; got {target}.")
+    if num_steps is not None and num_steps < 1:
+        raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")
+    matrix = kernel.reshape(-1, kernel.shape[-1])
+    matrix = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
+    if num_steps is None:
+        sigma = jnp.linalg.norm(matrix, 2)
+    else:
+        sigma = _power_method(matrix, num_steps)
+    target = jnp.asarray(target, sigma.dtype)
+    large = sigma > target
+    factor = jnp.where(large, target / jnp.where(large, sigma, 1), 1)
+    return kernel * factor.astype(kernel.dtype)
+
+
+def _power_method(matrix: jax.Array, num_steps: int) -> jax.Array:
+    """σ = uᵀWv, with the gradient uvᵀ that it has where u and v are singular."""
+    fixed = lax.stop_gradient(matrix)
+
+    def step(v: jax.Array, _: None) -> tuple[jax.Array, None]:
+        return tree.to_unit(fixed.T @ (fixed @ v))[0], None
+
+    start = jax.random.normal(jax.random.key(0), matrix.shape[1:], matrix.dtype)
+    v, _ = lax.scan(step, tree.to_unit(start)[0], length=num_steps)
+    u = tree.to_unit(fixed @ v)[0]
+    return u @ (matrix @ v)
+
+
+def _vjp(
+    f: StepFn, params: PyTree, inputs: PyTree, h: PyTree
+) -> tuple[LinearMap, PyTree]:
+    """The map v ↦ Jᵀv at h, and h as arrays."""
+    step, args, h = close(f, params, inputs, h)
+    vjp = jax.vjp(partial(step, args), h)[1]
+    return lambda v: vjp(v)[0], h
+
+
+def _normal(key: jax.Array, like: PyTree, num: int) -> PyTree:
+    """``num`` draws of N(0, I), stacked."""
+    leaves, treedef = jax.tree.flatten(like)
+    keys = jax.random.split(key, len(leaves))
+    draws = [
+        jax.random.normal(k, (num, *u.shape), u.dtype)
+        for k, u in zip(keys, leaves, strict=True)
+    ]
+    return tree.vary_like(jax.tree.unflatten(treedef, draws), like)
+
+
+def _size(h: PyTree) -> int:
+    """The number of entries."""
+    return sum(u.size for u in jax.tree.leaves(h))

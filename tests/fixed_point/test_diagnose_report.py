@@ -1,0 +1,391 @@
+"""``diagnose``: numbers against dense ones, the recommendation, the table, transforms."""
+
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rbpjax
+from rbpjax.fixed_point.advice import CANDIDATES
+from tests.problems import (
+    EXPANSIVE,
+    PROBLEMS,
+    assert_close,
+    dense_gradient,
+    dense_jacobian,
+    fixed_point,
+    loss_of,
+    readout,
+)
+
+KEY = jax.random.key(11)
+ALL = {**PROBLEMS, "expansive": EXPANSIVE}
+problems = pytest.mark.parametrize("name", ALL)
+
+
+def linear(w, x, h):
+    return w @ h + x
+
+
+def linear_diagnosis(w, key=KEY, **options):
+    n = w.shape[0]
+    x = jnp.ones(n, w.dtype)
+    h = jnp.linalg.solve(jnp.eye(n, dtype=w.dtype) - w, x)
+    return jax.jit(partial(rbpjax.diagnose, linear, **options))(w, x, h, key)
+
+
+def ginibre(n, radius, key=KEY):
+    return radius * jax.random.normal(key, (n, n)) / n**0.5
+
+
+_FOUND = {}
+
+
+def found(name):
+    """The diagnosis of a problem at its fixed point, made once."""
+    if name not in _FOUND:
+        p = ALL[name]
+        diagnose = jax.jit(partial(rbpjax.diagnose, p.f))
+        _FOUND[name] = diagnose(p.params, p.inputs, fixed_point(p), KEY)
+    return _FOUND[name]
+
+
+@problems
+def test_numbers_are_those_of_the_dense_jacobian(name):
+    """ρ, ‖J‖, σ_max/σ_min and 1/σ_min of I - J, and residual, against dense algebra."""
+    d, problem = found(name), ALL[name]
+    jac = np.asarray(dense_jacobian(problem, fixed_point(problem)))
+    eye = np.eye(len(jac))
+    eig = np.linalg.eigvals(jac)
+    # 1/num_steps, or a few percent where a batch has nearly equal radii.
+    np.testing.assert_allclose(d.spectral_radius, abs(eig).max(), rtol=0.02)
+    half = abs((1 + eig) / 2).max()
+    np.testing.assert_allclose(d.damped_radius, half, rtol=0.02)
+    # Lanczos has as many steps as it needs for at most 18 units: exact to rounding.
+    sigma = np.linalg.svd(eye - jac, compute_uv=False)
+    np.testing.assert_allclose(d.jacobian_norm, np.linalg.norm(jac, 2), rtol=1e-9)
+    np.testing.assert_allclose(d.condition, sigma[0] / sigma[-1], rtol=1e-9)
+    np.testing.assert_allclose(d.inverse_norm, 1 / sigma[-1], rtol=1e-9)
+    assert d.residual < 1e-14
+
+
+@problems
+def test_neumann_steps_are_predicted(name):
+    """The prediction is the count that Neumann takes, to the choice of cotangent."""
+    d, problem = found(name), ALL[name]
+    jac = np.asarray(dense_jacobian(problem, fixed_point(problem)))
+    if name == "expansive":
+        assert d.neumann_steps == np.inf
+        return
+    g = np.random.default_rng(0).normal(size=len(jac))
+    g, terms = g / np.linalg.norm(g), 0
+    while np.linalg.norm(g) > d.tol:
+        g, terms = jac.T @ g, terms + 1
+    # Another random g differs by a constant factor c: log c / log ρ ≤ 4 steps here.
+    assert abs(float(d.neumann_steps) - (terms - 1)) <= 4
+    assert int(d.neumann_steps) == int(d.products[0])  # the trial had the very same cotangent
+
+
+def test_neumann_steps_are_extrapolated():
+    """Beyond num_steps the prediction goes on at the rate ρ(J): within 5 % at 0.99."""
+    w = 0.99 * jnp.linalg.qr(jax.random.normal(KEY, (20, 20)))[0]
+    d = linear_diagnosis(w, num_steps=50, tol=1e-8)
+    want = np.log(1e-8) / np.log(0.99) - 1  # 1832
+    np.testing.assert_allclose(d.neumann_steps, want, rtol=0.05)
+
+
+@problems
+def test_assumptions_and_trials_agree_with_the_eigenvalues(name):
+    """Each rule's assumption holds exactly where it does, and its trial worked there."""
+    d, problem = found(name), ALL[name]
+    jac = dense_jacobian(problem, fixed_point(problem))
+    eig = jnp.linalg.eigvals(jac)
+    want = {
+        "ρ(J) < 1": jnp.abs(eig).max() < 1,
+        "ρ((I + J) / 2) < 1": jnp.abs(1 + eig).max() < 2,
+        "I - J invertible": True,
+    }
+    for i, candidate in enumerate(CANDIDATES):
+        if candidate.needs in want:
+            assert d.holds[i] == want[candidate.needs], candidate.needs
+            assert d.converged[i] == want[candidate.needs], candidate.needs
+        if d.converged[i]:
+            assert d.residuals[i] <= 3 * d.tol  # RBP's tolerance is relative to z
+
+
+@problems
+def test_recommended_rule_gives_the_dense_gradient(name):
+    """The recommended object, put into rbp_solve, gives the gradient to its tol."""
+    problem = ALL[name]
+    rule = found(name).rule
+    h = fixed_point(problem)
+    forward = lambda step, h0: rbpjax.Solution(h, 0, 0.0, True)
+    solve = rbpjax.rbp_solve(problem.f, forward=forward, backward=rule)
+    got = jax.jit(jax.grad(loss_of(solve, problem)))(problem.params, problem.inputs)
+    # tol 2e-12 times a condition number below 100.
+    assert_close(got, dense_gradient(problem)[0], 1e-9)
+
+
+def test_recommendation_is_the_cheapest_that_works():
+    """Neumann under strong contraction, another rule beyond ρ = 1; argmin by hand."""
+    strong = linear_diagnosis(ginibre(60, 0.3))
+    assert isinstance(strong.rule, rbpjax.Neumann)
+    wild = linear_diagnosis(ginibre(60, 1.5))
+    assert not isinstance(wild.rule, rbpjax.Neumann) and not wild.holds[0]
+    for d in (strong, wild):
+        cost = np.where(d.holds & d.converged, d.products, np.inf)
+        assert int(d.recommended) == cost.argmin() and np.isfinite(cost.min())
+
+
+@pytest.mark.parametrize("coupling", [0.0, 0.7])
+def test_singular_adjoint_gets_no_recommendation(coupling):
+    """An eigenvalue 1 of J: no rule is recommended, and the table says why."""
+    w = jnp.array([[1.0, coupling, 0.0], [0.0, 0.5, 0.3], [0.0, -0.3, 0.2]])
+    args = (linear, w, jnp.ones(3), jnp.ones(3), KEY)
+    d = jax.jit(partial(rbpjax.diagnose, linear))(*args[1:])
+    assert d.condition > 1e15 and not d.holds[-1]
+    assert d.recommended == -1 and d.rule is None
+    assert "recommended: none" in str(d) and "NO fixed point" in str(d)
+
+
+def test_zero_jacobian():
+    """J = 0: radius 0, condition 1, no steps, the one-step gradient is exact, no NaN."""
+    d = jax.jit(partial(rbpjax.diagnose, lambda w, x, h: x + 0 * h))(
+        None, jnp.ones(4), jnp.ones(4), KEY
+    )
+    assert d.spectral_radius == 0 and d.jacobian_norm == 0 and d.loop_cut_error == 0
+    np.testing.assert_allclose([d.condition, d.inverse_norm], 1.0, rtol=1e-12)
+    assert d.neumann_steps == 0 and d.recommended == 0
+    assert all(np.isfinite(leaf).all() for leaf in d)
+
+
+def test_condition_is_a_lower_bound_that_rises():
+    """With few steps the condition is underestimated, never overestimated."""
+    w = ginibre(80, 0.95)
+    sigma = np.linalg.svd(np.eye(80) - np.asarray(w), compute_uv=False)
+    found = [float(linear_diagnosis(w, num_steps=k).condition) for k in (5, 20, 300)]
+    assert found == sorted(found) and found[0] < 0.8 * sigma[0] / sigma[-1]
+    np.testing.assert_allclose(found[-1], sigma[0] / sigma[-1], rtol=1e-6)
+
+
+def test_transient_growth_is_in_the_prediction():
+    """Non-normal J with ρ = 0.5, ‖J‖ = 10: more steps than the radius says."""
+    w = jnp.array([[0.5, 10.0], [0.0, 0.5]])
+    d = linear_diagnosis(w, tol=1e-6)
+    by_radius = np.log(1e-6) / np.log(0.5) - 1
+    assert by_radius + 5 < float(d.neumann_steps) == int(d.products[0])
+    assert d.jacobian_norm > 10 and d.spectral_radius < 0.6
+
+
+def test_unconverged_state_is_said_to_be_none():
+    """h off the fixed point by 10 %: the residual says it, in numbers and words."""
+    problem = PROBLEMS["tanh_rnn"]
+    h = 1.1 * fixed_point(problem)
+    d = jax.jit(partial(rbpjax.diagnose, problem.f))(
+        problem.params, problem.inputs, h, KEY
+    )
+    image = problem.f(problem.params, problem.inputs, h)
+    size = max(jnp.linalg.norm(h), jnp.linalg.norm(image))
+    chex.assert_trees_all_close(
+        d.residual, jnp.linalg.norm(image - h) / size, rtol=1e-12
+    )
+    assert "NO fixed point" in str(d)
+    assert "h is a fixed point" in str(found("tanh_rnn"))
+
+
+def test_nan_is_reported_not_hidden():
+    """A NaN in the parameters: NaN in the numbers, no rule, no crash."""
+    w = ginibre(5, 0.5).at[0, 0].set(jnp.nan)
+    d = jax.jit(partial(rbpjax.diagnose, linear))(w, jnp.ones(5), jnp.ones(5), KEY)
+    assert np.isnan(d.spectral_radius) and np.isnan(d.residual)
+    assert d.recommended == -1 and "nan" in str(d)
+
+
+# --- the table -----------------------------------------------------------------------
+
+
+def test_prints_as_a_short_table():
+    """Every number, every rule, the recommendation; at most 24 lines of 88 columns."""
+    d = found("expansive")
+    text = str(d)
+    assert text == repr(d) and len(text.splitlines()) <= 24
+    assert max(map(len, text.splitlines())) <= 88
+    assert f"{float(d.spectral_radius):.3g}" in text and "Neumann diverges" in text
+    for candidate in CANDIDATES:
+        assert type(candidate.make(1e-6)).__name__ in text and candidate.needs in text
+    assert text.endswith(f"recommended: {d.rule!r}")
+
+
+def test_traced_diagnosis_prints_without_a_crash():
+    """Inside jit it prints as a tuple, and `rule` is a ValueError with the remedy."""
+    seen = []
+
+    @jax.jit
+    def inside(w):
+        d = rbpjax.diagnose(linear, w, jnp.ones(3), jnp.ones(3), KEY)
+        seen.append(repr(d))
+        with pytest.raises(ValueError, match=r"one concrete diagnosis.*`recommended`"):
+            _ = d.rule
+        return d.recommended
+
+    inside(0.5 * jnp.eye(3))
+    assert seen[0].startswith("Diagnosis(")
+
+
+# --- transforms ----------------------------------------------------------------------
+
+
+def test_vmap_diagnoses_each_example():
+    """Under vmap each matrix has its own numbers, equal to those found alone."""
+    ws = jnp.stack([ginibre(12, r) for r in (0.3, 0.8, 1.6)])
+    x, h = jnp.ones(12), jnp.ones(12)
+    diagnose = partial(rbpjax.diagnose, linear)
+    together = jax.jit(jax.vmap(diagnose, (0, None, None, None)))(ws, x, h, KEY)
+    assert together.recommended.shape == (3,) and together.holds.shape[0] == 3
+    for i, w in enumerate(ws):
+        alone = jax.jit(diagnose)(w, x, h, KEY)
+        one = jax.tree.map(lambda leaf, i=i: leaf[i], together)
+        assert one.recommended == alone.recommended
+        chex.assert_trees_all_close(one[:8], alone[:8], rtol=1e-9)
+    assert "67%: Neumann converges" in str(together)
+    with pytest.raises(ValueError, match="of a batch take one example"):
+        _ = together.rule
+
+
+def test_eager_equals_jit():
+    """Without jit the same numbers."""
+    problem = PROBLEMS["pytree"]
+    eager = rbpjax.diagnose(
+        problem.f, problem.params, problem.inputs, fixed_point(problem), KEY
+    )
+    chex.assert_trees_all_close(eager[:8], found("pytree")[:8], rtol=1e-9)
+
+
+def test_float32_state():
+    """A float32 state has a float32 diagnosis and tolerance, near that of float64."""
+    w = ginibre(30, 0.8)
+    d32, d64 = linear_diagnosis(w.astype(jnp.float32)), linear_diagnosis(w)
+    assert d32.spectral_radius.dtype == d32.tol.dtype == jnp.float32
+    np.testing.assert_allclose(d32.tol, np.finfo(np.float32).eps ** 0.75, rtol=1e-2)
+    np.testing.assert_allclose(d32.jacobian_norm, d64.jacobian_norm, rtol=1e-4)
+    np.testing.assert_allclose(d32.condition, d64.condition, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_steps": 3}, "`num_steps`.*at least 4.*3"),
+        ({"tol": 0.0}, "`tol` must be a positive.*0.0"),
+        ({"tol": jnp.ones(())}, "`tol` must be a positive Python number"),
+    ],
+)
+def test_bad_options(options, message):
+    """Options out of range are a ValueError that names them."""
+    with pytest.raises(ValueError, match=message):
+        rbpjax.diagnose(linear, jnp.eye(2), jnp.ones(2), jnp.ones(2), KEY, **options)
+
+
+# --- loop cut and bounds -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_loop_cut_error_is_the_frobenius_norm(name):
+    """The mean square over random g is ‖J‖_F²/n, within 5 standard errors."""
+    problem = PROBLEMS[name]
+    h = fixed_point(problem)
+    jac = dense_jacobian(problem, h)
+    error = jax.jit(
+        lambda key: rbpjax.loop_cut_error(
+            problem.f, problem.params, problem.inputs, h, key, num_probes=1
+        )
+    )
+    squares = np.square([error(key) for key in jax.random.split(KEY, 400)])
+    want = float(jnp.sum(jac**2)) / len(jac)
+    standard_error = squares.std(ddof=1) / 20
+    assert standard_error < 0.05 * want
+    assert abs(squares.mean() - want) < 5 * standard_error
+
+
+def test_loop_cut_error_is_the_one_step_residual():
+    """For J = a × rotation every g has ‖Jᵀg‖ = a; Neumann(0) reports the same number."""
+    w = 0.7 * jnp.array([[0.0, -1.0], [1.0, 0.0]])
+    args = (linear, w, jnp.ones(2), jnp.ones(2))
+    for probes in (1, 5):
+        error = rbpjax.loop_cut_error(*args, KEY, num_probes=probes)
+        np.testing.assert_allclose(error, 0.7, rtol=1e-12)
+    g = jnp.array([0.3, -2.0])
+    _, one_step = rbpjax.rbp_vjp(*args, g, rbpjax.Neumann(0))
+    np.testing.assert_allclose(one_step.residual, 0.7, rtol=1e-12)
+    with pytest.raises(ValueError, match="`num_probes` must be at least 1; got 0"):
+        rbpjax.loop_cut_error(*args, KEY, num_probes=0)
+
+
+@pytest.mark.parametrize("radius", [0.1, 0.4])
+def test_neumann_error_bound_holds_and_is_tight(radius):
+    """The bound holds for every K and g; a symmetric J meets it in the limit."""
+    jac = np.asarray(ginibre(20, radius))
+    norm = np.linalg.norm(jac, 2)
+    inverse = np.linalg.inv(np.eye(20) - jac.T)
+    for steps in (0, 1, 4, 12):
+        # ‖(I - Jᵀ)⁻¹ (Jᵀ)^{K+1}‖ is the largest relative error over all g.
+        worst = np.linalg.norm(inverse @ np.linalg.matrix_power(jac.T, steps + 1), 2)
+        bound = float(rbpjax.neumann_error_bound(steps, norm))
+        assert worst <= bound
+        symmetric = jac + jac.T
+        symmetric *= norm / np.linalg.eigvalsh(symmetric).max()
+        if np.linalg.norm(symmetric, 2) <= norm * (1 + 1e-12):
+            tight = np.linalg.inv(np.eye(20) - symmetric)
+            tight = tight @ np.linalg.matrix_power(symmetric, steps + 1)
+            np.testing.assert_allclose(np.linalg.norm(tight, 2), bound, rtol=1e-9)
+    assert np.isinf(rbpjax.neumann_error_bound(10, 1.0))
+    assert np.isinf(rbpjax.neumann_error_bound(10, jnp.nan))
+
+
+def test_neumann_error_bound_is_met_by_the_scaled_identity():
+    """J = μI: the error of z_K is the bound itself."""
+    for mu, steps in ((0.5, 3), (0.9, 10)):
+        z = 1 / (1 - mu)
+        z_k = sum(mu**k for k in range(steps + 1))
+        bound = rbpjax.neumann_error_bound(steps, mu)
+        np.testing.assert_allclose(bound, z - z_k, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["tanh_rnn", "hopfield"])
+@pytest.mark.parametrize("steps", [0, 2, 8])
+def test_gradient_error_bound_covers_the_true_error(name, steps):
+    """From the report of a truncated rule alone: for z, and for params with ‖∂f/∂θ‖."""
+    problem = PROBLEMS[name]
+    h = fixed_point(problem)
+    jac = dense_jacobian(problem, h)
+    norm = jnp.linalg.norm(jac, 2)
+    assert norm < 1
+    flat, unravel = jax.flatten_util.ravel_pytree(jax.grad(readout)(h))
+    z = jnp.linalg.solve(jnp.eye(flat.size) - jac.T, flat)
+    (got, _), solution = rbpjax.rbp_vjp(
+        problem.f,
+        problem.params,
+        problem.inputs,
+        h,
+        unravel(flat),
+        rbpjax.Neumann(steps),
+    )
+    size = jnp.linalg.norm(flat)
+    ravel = lambda t: jax.flatten_util.ravel_pytree(t)[0]
+    error = jnp.linalg.norm(ravel(solution.value) - z) / size
+    bound = rbpjax.gradient_error_bound(solution.residual, norm)
+    assert 0.05 * bound < error <= bound
+
+    theta, unravel_theta = ravel(problem.params), jax.flatten_util.ravel_pytree(
+        problem.params
+    )[1]
+    drive = jax.jacobian(
+        lambda t: ravel(problem.f(unravel_theta(t), problem.inputs, h))
+    )(theta)
+    error = jnp.linalg.norm(ravel(got) - drive.T @ z) / size
+    drive_norm = jnp.linalg.norm(drive, 2)
+    bound = rbpjax.gradient_error_bound(solution.residual, norm, drive_norm)
+    assert 0.005 * bound < error <= bound
+    assert np.isinf(rbpjax.gradient_error_bound(solution.residual, 1.2))
