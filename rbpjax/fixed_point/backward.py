@@ -227,4 +227,4 @@ def _uniform(seed: int, g: PyTree, size: jax.Array) -> PyTree:
         for k, x in zip(keys, leaves, strict=True)
     ]
     draws = [u.astype(x.dtype) for u, x in zip(draws, leaves, strict=True)]
-    return tree.vary_like(jax.tree.unflatten(treedef, draws), g)
+    return tree.typed_like(jax.tree.unflatten(treedef, draws), g)

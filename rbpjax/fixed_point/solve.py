@@ -255,6 +255,7 @@ def rbp_vjp(
     """
     step, args, h_star = close(f, params, inputs, h_star)
     _check_like(cotangent, h_star, "`cotangent`", "`h_star`")
+    cotangent = jax.tree.map(jnp.asarray, cotangent)
     _, vjp = jax.vjp(step, args, h_star)
     solution = apply_rule(rule, lambda v: vjp(v)[1], cotangent)
     _, params_bar, inputs_bar = vjp(solution.value)[0]
