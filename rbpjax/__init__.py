@@ -1,7 +1,9 @@
 """Gradients of recurrent computations without their history, as JAX transforms."""
 
+from rbpjax.fixed_point.adaptive import Adaptive
 from rbpjax.fixed_point.advice import Diagnosis, diagnose
-from rbpjax.fixed_point.backward import RBP, CGNormal, Neumann
+from rbpjax.fixed_point.anderson import Anderson
+from rbpjax.fixed_point.backward import RBP, Neumann
 from rbpjax.fixed_point.bounds import gradient_error_bound, neumann_error_bound
 from rbpjax.fixed_point.diagnose import (
     adjoint_residual,
@@ -10,6 +12,8 @@ from rbpjax.fixed_point.diagnose import (
     spectral_radius,
 )
 from rbpjax.fixed_point.forward import FixedPointIteration
+from rbpjax.fixed_point.gmres import GMRES
+from rbpjax.fixed_point.krylov import BiCGSTAB, CGNormal
 from rbpjax.fixed_point.regularize import (
     contraction_penalty,
     jacobian_penalty,
@@ -28,9 +32,13 @@ from rbpjax.types import BackwardRule, ForwardSolver, Solution, StepFn
 __version__ = "0.1.0"
 
 __all__ = [
+    "GMRES",
     "RBP",
+    "Adaptive",
     "AdjointReport",
+    "Anderson",
     "BackwardRule",
+    "BiCGSTAB",
     "CGNormal",
     "Diagnosis",
     "FixedPointIteration",

@@ -11,28 +11,36 @@ import jax.numpy as jnp
 import numpy as np
 
 from rbpjax.fixed_point import tree
-from rbpjax.fixed_point.backward import RBP, CGNormal, Neumann
+from rbpjax.fixed_point.adaptive import Adaptive
+from rbpjax.fixed_point.anderson import Anderson
+from rbpjax.fixed_point.backward import RBP, Neumann
 from rbpjax.fixed_point.diagnose import (
     growth,
     growth_rate,
     loop_cut,
     singular_range,
 )
-from rbpjax.fixed_point.forward import FixedPointIteration, relative_change
+from rbpjax.fixed_point.forward import relative_change
+from rbpjax.fixed_point.gmres import GMRES
+from rbpjax.fixed_point.krylov import BiCGSTAB, CGNormal
 from rbpjax.fixed_point.solve import apply_rule, close
 from rbpjax.types import BackwardRule, PyTree, StepFn
+
+_INVERTIBLE = "I - J invertible"
 
 
 class Candidate(NamedTuple):
     """A row of the table of rules that ``diagnose`` tries.
 
     Attributes:
+      name: what the table calls it.
       make: the rule with a given tolerance.
       needs: its assumption, in words.
       holds: the assumption, of the numbers that ``diagnose`` found before.
-      products: products with J or Jᵀ a step.
+      products: products with J or Jᵀ a step, or at most so many.
     """
 
+    name: str
     make: Callable[[float], BackwardRule]
     needs: str
     holds: Callable[[Diagnosis], jax.Array]
@@ -102,27 +110,38 @@ class Diagnosis(NamedTuple):
     __str__ = __repr__
 
 
-# The cheapest come first: of two with equal products the first is recommended. A new
-# rule is one row.
+def _invertible(d: Diagnosis) -> jax.Array:
+    return d.condition * jnp.finfo(d.condition.dtype).eps < 1
+
+
+# Of two rules with equal products the first is recommended. A new rule is one row.
 CANDIDATES: tuple[Candidate, ...] = (
     Candidate(
+        "Neumann",
         lambda tol: Neumann(tol=tol),
         "ρ(J) < 1",
         lambda d: d.spectral_radius < 1,
         1,
     ),
     Candidate(
-        lambda tol: RBP(FixedPointIteration(tol=tol, damping=0.5)),
+        "Neumann, damped",
+        lambda tol: Neumann(tol=tol, damping=0.5),
         "ρ((I + J) / 2) < 1",
         lambda d: d.damped_radius < 1,
         1,
     ),
     Candidate(
-        lambda tol: CGNormal(tol=tol),
-        "I - J invertible",
-        lambda d: d.condition * jnp.finfo(d.condition.dtype).eps < 1,
-        2,
+        "RBP(Anderson)",
+        lambda tol: RBP(Anderson(tol=tol)),
+        _INVERTIBLE,
+        _invertible,
+        1,
     ),
+    Candidate("BiCGSTAB", lambda tol: BiCGSTAB(tol=tol), _INVERTIBLE, _invertible, 2),
+    Candidate("GMRES", lambda tol: GMRES(tol=tol), _INVERTIBLE, _invertible, 1),
+    Candidate("CGNormal", lambda tol: CGNormal(tol=tol), _INVERTIBLE, _invertible, 2),
+    # Its Neumann steps have one product; two is the most.
+    Candidate("Adaptive", lambda tol: Adaptive(tol=tol), _INVERTIBLE, _invertible, 2),
 )
 
 
@@ -240,9 +259,9 @@ def _measure(
 
 
 def _neumann_steps(factors: jax.Array, tol: float) -> jax.Array:
-    """The first K with ‖(Jᵀ)^{K+1} g‖ ≤ tol, seen or else extrapolated at rate ρ."""
+    """The first K with ‖(Jᵀ)^{K+1} g‖ ≤ tol / 2, seen or else extrapolated."""
     decay = jnp.cumsum(jnp.log(factors))  # after K + 1 factors: log residual of z_K
-    target = float(np.log(tol))
+    target = float(np.log(tol / 2))  # as Neumann stops
     seen = jnp.argmax(decay <= target).astype(factors.dtype)
     rate = jnp.log(growth_rate(factors))
     safe = jnp.where(rate < 0, rate, -1)
@@ -301,10 +320,10 @@ def _table(d: Diagnosis) -> str:
     head = [f"{name:<28}{_show(value):<16}{words}" for name, value, words in numbers]
     rules = [c.make(_short(np.max(d.tol))) for c in CANDIDATES]
     rows = [("rule", "products", "residual", "converged", "needs")]
-    for i, (rule, candidate) in enumerate(zip(rules, CANDIDATES, strict=True)):
+    for i, candidate in enumerate(CANDIDATES):
         rows.append(
             (
-                type(rule).__name__,
+                candidate.name,
                 _show(d.products[..., i]),
                 _show(d.residuals[..., i]),
                 _verdict(d.converged[..., i], "yes", "NO"),
