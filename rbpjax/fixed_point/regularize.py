@@ -206,7 +206,7 @@ def spectral_normalize(
     if num_steps is not None and num_steps < 1:
         raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")
     matrix = kernel.reshape(-1, kernel.shape[-1])
-    matrix = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
+    matrix = matrix.astype(tree.real_dtype(matrix))  # float32 at least
     if num_steps is None:
         sigma = jnp.linalg.norm(matrix, 2)
     else:

@@ -1,4 +1,4 @@
-"""``diagnose``: numbers against dense ones, the recommendation, the table, transforms."""
+"""``diagnose``: its numbers against dense ones, its recommendation, its table."""
 
 from functools import partial
 
@@ -82,24 +82,26 @@ def test_neumann_steps_are_predicted(name):
         return
     g = np.random.default_rng(0).normal(size=len(jac))
     g, terms = g / np.linalg.norm(g), 0
-    while np.linalg.norm(g) > d.tol:
+    while np.linalg.norm(g) > d.tol / 2:
         g, terms = jac.T @ g, terms + 1
     # Another random g differs by a constant factor c: log c / log ρ ≤ 4 steps here.
     assert abs(float(d.neumann_steps) - (terms - 1)) <= 4
-    assert int(d.neumann_steps) == int(d.products[0])  # the trial had the very same cotangent
+    assert int(d.neumann_steps) == int(
+        d.products[0]
+    )  # the trial had the very same cotangent
 
 
 def test_neumann_steps_are_extrapolated():
     """Beyond num_steps the prediction goes on at the rate ρ(J): within 5 % at 0.99."""
     w = 0.99 * jnp.linalg.qr(jax.random.normal(KEY, (20, 20)))[0]
     d = linear_diagnosis(w, num_steps=50, tol=1e-8)
-    want = np.log(1e-8) / np.log(0.99) - 1  # 1832
+    want = np.log(0.5e-8) / np.log(0.99) - 1  # 1901
     np.testing.assert_allclose(d.neumann_steps, want, rtol=0.05)
 
 
 @problems
 def test_assumptions_and_trials_agree_with_the_eigenvalues(name):
-    """Each rule's assumption holds exactly where it does, and its trial worked there."""
+    """Each assumption is found to hold exactly where it does; trials worked there."""
     d, problem = found(name), ALL[name]
     jac = dense_jacobian(problem, fixed_point(problem))
     eig = jnp.linalg.eigvals(jac)
@@ -152,7 +154,7 @@ def test_singular_adjoint_gets_no_recommendation(coupling):
 
 
 def test_zero_jacobian():
-    """J = 0: radius 0, condition 1, no steps, the one-step gradient is exact, no NaN."""
+    """J = 0: radius 0, condition 1, no steps; the one-step gradient is exact."""
     d = jax.jit(partial(rbpjax.diagnose, lambda w, x, h: x + 0 * h))(
         None, jnp.ones(4), jnp.ones(4), KEY
     )
@@ -175,7 +177,7 @@ def test_transient_growth_is_in_the_prediction():
     """Non-normal J with ρ = 0.5, ‖J‖ = 10: more steps than the radius says."""
     w = jnp.array([[0.5, 10.0], [0.0, 0.5]])
     d = linear_diagnosis(w, tol=1e-6)
-    by_radius = np.log(1e-6) / np.log(0.5) - 1
+    by_radius = np.log(0.5e-6) / np.log(0.5) - 1
     assert by_radius + 5 < float(d.neumann_steps) == int(d.products[0])
     assert d.jacobian_norm > 10 and d.spectral_radius < 0.6
 
@@ -310,7 +312,7 @@ def test_loop_cut_error_is_the_frobenius_norm(name):
 
 
 def test_loop_cut_error_is_the_one_step_residual():
-    """For J = a × rotation every g has ‖Jᵀg‖ = a; Neumann(0) reports the same number."""
+    """For J = a × rotation every g has ‖Jᵀg‖ = a; Neumann(0) reports the same."""
     w = 0.7 * jnp.array([[0.0, -1.0], [1.0, 0.0]])
     args = (linear, w, jnp.ones(2), jnp.ones(2))
     for probes in (1, 5):
@@ -378,9 +380,10 @@ def test_gradient_error_bound_covers_the_true_error(name, steps):
     bound = rbpjax.gradient_error_bound(solution.residual, norm)
     assert 0.05 * bound < error <= bound
 
-    theta, unravel_theta = ravel(problem.params), jax.flatten_util.ravel_pytree(
-        problem.params
-    )[1]
+    theta, unravel_theta = (
+        ravel(problem.params),
+        jax.flatten_util.ravel_pytree(problem.params)[1],
+    )
     drive = jax.jacobian(
         lambda t: ravel(problem.f(unravel_theta(t), problem.inputs, h))
     )(theta)
