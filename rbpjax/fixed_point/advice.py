@@ -67,8 +67,8 @@ class Diagnosis(NamedTuple):
       products: the products with J or Jᵀ that each rule took, for a random cotangent.
       residuals: the adjoint residual that each rule reached.
       converged: whether each rule reported that it reached ``tol``.
-      recommended: the rule that took the fewest products of those whose assumption
-        holds and which converged; -1 if there is none.
+      recommended: of the rules whose assumption holds and which converged, the first
+        within 1.5 times the fewest products; -1 if there is none.
     """
 
     residual: jax.Array
@@ -114,7 +114,8 @@ def _invertible(d: Diagnosis) -> jax.Array:
     return d.condition * jnp.finfo(d.condition.dtype).eps < 1
 
 
-# Of two rules with equal products the first is recommended. A new rule is one row.
+# Simple and lean ones first: a later one is recommended only if it saves a third of
+# the products. A new rule is one row.
 CANDIDATES: tuple[Candidate, ...] = (
     Candidate(
         "Neumann",
@@ -130,6 +131,9 @@ CANDIDATES: tuple[Candidate, ...] = (
         lambda d: d.damped_radius < 1,
         1,
     ),
+    Candidate("BiCGSTAB", lambda tol: BiCGSTAB(tol=tol), _INVERTIBLE, _invertible, 2),
+    Candidate("CGNormal", lambda tol: CGNormal(tol=tol), _INVERTIBLE, _invertible, 2),
+    Candidate("GMRES", lambda tol: GMRES(tol=tol), _INVERTIBLE, _invertible, 1),
     Candidate(
         "RBP(Anderson)",
         lambda tol: RBP(Anderson(tol=tol)),
@@ -137,9 +141,6 @@ CANDIDATES: tuple[Candidate, ...] = (
         _invertible,
         1,
     ),
-    Candidate("BiCGSTAB", lambda tol: BiCGSTAB(tol=tol), _INVERTIBLE, _invertible, 2),
-    Candidate("GMRES", lambda tol: GMRES(tol=tol), _INVERTIBLE, _invertible, 1),
-    Candidate("CGNormal", lambda tol: CGNormal(tol=tol), _INVERTIBLE, _invertible, 2),
     # Its Neumann steps have one product; two is the most.
     Candidate("Adaptive", lambda tol: Adaptive(tol=tol), _INVERTIBLE, _invertible, 2),
 )
@@ -159,8 +160,8 @@ def diagnose(
 
     Estimates the numbers that decide (ρ(J), ‖J‖, the conditioning of I - J, the error
     of the one-step gradient), and then *tries* the rules of ``CANDIDATES`` on a random
-    cotangent: the one recommended is the cheapest that worked. Printed, the result is
-    a short table.
+    cotangent: the simplest of the cheap ones that worked is recommended. What counts
+    are products with J, which dominate unless f is tiny. It prints as a short table.
 
     The numbers are random estimates: norms and condition from below, ρ(J) to about
     1/num_steps. One J is seen, that at h: diagnose again as training moves it.
@@ -253,8 +254,10 @@ def _measure(
     )
     holds = jnp.stack([c.holds(rows) for c in CANDIDATES])
     usable = holds & rows.converged
-    cost = jnp.where(usable, rows.products, jnp.iinfo(rows.products.dtype).max)
-    best = jnp.where(jnp.any(usable), jnp.argmin(cost), -1).astype(jnp.int32)
+    products = rows.products.astype(norm.dtype)
+    fewest = jnp.min(jnp.where(usable, products, jnp.inf))
+    best = jnp.argmax(usable & (products <= 1.5 * fewest))
+    best = jnp.where(jnp.any(usable), best, -1).astype(jnp.int32)
     return rows._replace(holds=holds, recommended=best)
 
 

@@ -22,7 +22,8 @@ from tests.problems import (
 )
 
 KEY = jax.random.key(11)
-ALL = {**PROBLEMS, "expansive": EXPANSIVE}
+# Few problems: each costs the compilation of every rule.
+ALL = {k: PROBLEMS[k] for k in ("hopfield", "pytree")} | {"expansive": EXPANSIVE}
 problems = pytest.mark.parametrize("name", ALL)
 
 
@@ -30,17 +31,23 @@ def linear(w, x, h):
     return w @ h + x
 
 
-def linear_diagnosis(w, key=KEY, **options):
-    n = w.shape[0]
-    x = jnp.ones(n, w.dtype)
-    h = jnp.linalg.solve(jnp.eye(n, dtype=w.dtype) - w, x)
-    return jax.jit(partial(rbpjax.diagnose, linear, **options))(w, x, h, key)
+@partial(jax.jit, static_argnames=("tol", "num_steps"))
+def at_state(w, h, tol=None, num_steps=200):
+    """The diagnosis of the linear map with x = 1; compiled once a size."""
+    x = jnp.ones_like(h)
+    return rbpjax.diagnose(linear, w, x, h, KEY, tol=tol, num_steps=num_steps)
+
+
+def linear_diagnosis(w, **options):
+    h = jnp.linalg.solve(jnp.eye(len(w), dtype=w.dtype) - w, jnp.ones(len(w), w.dtype))
+    return at_state(w, h, **options)
 
 
 def ginibre(n, radius, key=KEY):
     return radius * jax.random.normal(key, (n, n)) / n**0.5
 
 
+_COMPILED = {name: jax.jit(partial(rbpjax.diagnose, p.f)) for name, p in ALL.items()}
 _FOUND = {}
 
 
@@ -48,8 +55,7 @@ def found(name):
     """The diagnosis of a problem at its fixed point, made once."""
     if name not in _FOUND:
         p = ALL[name]
-        diagnose = jax.jit(partial(rbpjax.diagnose, p.f))
-        _FOUND[name] = diagnose(p.params, p.inputs, fixed_point(p), KEY)
+        _FOUND[name] = _COMPILED[name](p.params, p.inputs, fixed_point(p), KEY)
     return _FOUND[name]
 
 
@@ -74,21 +80,22 @@ def test_numbers_are_those_of_the_dense_jacobian(name):
 
 @problems
 def test_neumann_steps_are_predicted(name):
-    """The prediction is the count that Neumann takes, to the choice of cotangent."""
+    """The prediction is the count that Neumann takes for some random cotangent."""
     d, problem = found(name), ALL[name]
     jac = np.asarray(dense_jacobian(problem, fixed_point(problem)))
     if name == "expansive":
         assert d.neumann_steps == np.inf
         return
-    g = np.random.default_rng(0).normal(size=len(jac))
-    g, terms = g / np.linalg.norm(g), 0
-    while np.linalg.norm(g) > d.tol / 2:
-        g, terms = jac.T @ g, terms + 1
-    # Another random g differs by a constant factor c: log c / log ρ ≤ 4 steps here.
-    assert abs(float(d.neumann_steps) - (terms - 1)) <= 4
-    assert int(d.neumann_steps) == int(
-        d.products[0]
-    )  # the trial had the very same cotangent
+    counts = []
+    for g in np.random.default_rng(0).normal(size=(200, len(jac))):
+        g, terms = g / np.linalg.norm(g), 0
+        while np.linalg.norm(g) > d.tol / 2:
+            g, terms = jac.T @ g, terms + 1
+        counts.append(terms - 1)
+    assert max(counts) - min(counts) < 15  # the claim is not vacuous
+    assert min(counts) <= float(d.neumann_steps) <= max(counts)
+    # The trial had the very same cotangent.
+    assert int(d.neumann_steps) == int(d.products[0])
 
 
 def test_neumann_steps_are_extrapolated():
@@ -131,23 +138,23 @@ def test_recommended_rule_gives_the_dense_gradient(name):
     assert_close(got, dense_gradient(problem)[0], 1e-9)
 
 
-def test_recommendation_is_the_cheapest_that_works():
-    """Neumann under strong contraction, another rule beyond ρ = 1; argmin by hand."""
-    strong = linear_diagnosis(ginibre(60, 0.3))
+def test_recommendation_is_the_first_of_the_cheap_ones():
+    """Neumann under strong contraction, another beyond ρ = 1; the choice by hand."""
+    strong = linear_diagnosis(ginibre(40, 0.2))
     assert isinstance(strong.rule, rbpjax.Neumann)
-    wild = linear_diagnosis(ginibre(60, 1.5))
+    wild = linear_diagnosis(ginibre(40, 1.5))
     assert not isinstance(wild.rule, rbpjax.Neumann) and not wild.holds[0]
     for d in (strong, wild):
         cost = np.where(d.holds & d.converged, d.products, np.inf)
-        assert int(d.recommended) == cost.argmin() and np.isfinite(cost.min())
+        assert np.isfinite(cost.min())
+        assert int(d.recommended) == np.flatnonzero(cost <= 1.5 * cost.min())[0]
 
 
 @pytest.mark.parametrize("coupling", [0.0, 0.7])
 def test_singular_adjoint_gets_no_recommendation(coupling):
     """An eigenvalue 1 of J: no rule is recommended, and the table says why."""
     w = jnp.array([[1.0, coupling, 0.0], [0.0, 0.5, 0.3], [0.0, -0.3, 0.2]])
-    args = (linear, w, jnp.ones(3), jnp.ones(3), KEY)
-    d = jax.jit(partial(rbpjax.diagnose, linear))(*args[1:])
+    d = at_state(w, jnp.ones(3))
     assert d.condition > 1e15 and not d.holds[-1]
     assert d.recommended == -1 and d.rule is None
     assert "recommended: none" in str(d) and "NO fixed point" in str(d)
@@ -155,9 +162,7 @@ def test_singular_adjoint_gets_no_recommendation(coupling):
 
 def test_zero_jacobian():
     """J = 0: radius 0, condition 1, no steps; the one-step gradient is exact."""
-    d = jax.jit(partial(rbpjax.diagnose, lambda w, x, h: x + 0 * h))(
-        None, jnp.ones(4), jnp.ones(4), KEY
-    )
+    d = at_state(jnp.zeros((3, 3)), jnp.ones(3))
     assert d.spectral_radius == 0 and d.jacobian_norm == 0 and d.loop_cut_error == 0
     np.testing.assert_allclose([d.condition, d.inverse_norm], 1.0, rtol=1e-12)
     assert d.neumann_steps == 0 and d.recommended == 0
@@ -166,42 +171,39 @@ def test_zero_jacobian():
 
 def test_condition_is_a_lower_bound_that_rises():
     """With few steps the condition is underestimated, never overestimated."""
-    w = ginibre(80, 0.95)
-    sigma = np.linalg.svd(np.eye(80) - np.asarray(w), compute_uv=False)
-    found = [float(linear_diagnosis(w, num_steps=k).condition) for k in (5, 20, 300)]
+    w = ginibre(40, 0.95)
+    sigma = np.linalg.svd(np.eye(40) - np.asarray(w), compute_uv=False)
+    found = [float(linear_diagnosis(w, num_steps=k).condition) for k in (12, 200)]
     assert found == sorted(found) and found[0] < 0.8 * sigma[0] / sigma[-1]
     np.testing.assert_allclose(found[-1], sigma[0] / sigma[-1], rtol=1e-6)
 
 
 def test_transient_growth_is_in_the_prediction():
     """Non-normal J with ρ = 0.5, ‖J‖ = 10: more steps than the radius says."""
-    w = jnp.array([[0.5, 10.0], [0.0, 0.5]])
-    d = linear_diagnosis(w, tol=1e-6)
-    by_radius = np.log(0.5e-6) / np.log(0.5) - 1
+    w = jnp.array([[0.5, 10.0, 0.0], [0.0, 0.5, 0.0], [0.0, 0.0, 0.1]])
+    d = linear_diagnosis(w)
+    by_radius = np.log(0.5 * float(d.tol)) / np.log(0.5) - 1
     assert by_radius + 5 < float(d.neumann_steps) == int(d.products[0])
     assert d.jacobian_norm > 10 and d.spectral_radius < 0.6
 
 
 def test_unconverged_state_is_said_to_be_none():
     """h off the fixed point by 10 %: the residual says it, in numbers and words."""
-    problem = PROBLEMS["tanh_rnn"]
+    problem = PROBLEMS["hopfield"]
     h = 1.1 * fixed_point(problem)
-    d = jax.jit(partial(rbpjax.diagnose, problem.f))(
-        problem.params, problem.inputs, h, KEY
-    )
+    d = _COMPILED["hopfield"](problem.params, problem.inputs, h, KEY)
     image = problem.f(problem.params, problem.inputs, h)
     size = max(jnp.linalg.norm(h), jnp.linalg.norm(image))
     chex.assert_trees_all_close(
         d.residual, jnp.linalg.norm(image - h) / size, rtol=1e-12
     )
     assert "NO fixed point" in str(d)
-    assert "h is a fixed point" in str(found("tanh_rnn"))
+    assert "h is a fixed point" in str(found("hopfield"))
 
 
 def test_nan_is_reported_not_hidden():
     """A NaN in the parameters: NaN in the numbers, no rule, no crash."""
-    w = ginibre(5, 0.5).at[0, 0].set(jnp.nan)
-    d = jax.jit(partial(rbpjax.diagnose, linear))(w, jnp.ones(5), jnp.ones(5), KEY)
+    d = at_state(jnp.eye(3).at[0, 0].set(jnp.nan), jnp.ones(3))
     assert np.isnan(d.spectral_radius) and np.isnan(d.residual)
     assert d.recommended == -1 and "nan" in str(d)
 
@@ -242,13 +244,13 @@ def test_traced_diagnosis_prints_without_a_crash():
 
 def test_vmap_diagnoses_each_example():
     """Under vmap each matrix has its own numbers, equal to those found alone."""
-    ws = jnp.stack([ginibre(12, r) for r in (0.3, 0.8, 1.6)])
-    x, h = jnp.ones(12), jnp.ones(12)
-    diagnose = partial(rbpjax.diagnose, linear)
-    together = jax.jit(jax.vmap(diagnose, (0, None, None, None)))(ws, x, h, KEY)
+    ws = jnp.stack([ginibre(3, r) / 1.5 for r in (0.3, 0.8, 3.0)])
+    x, h = jnp.ones(3), jnp.ones(3)
+    diagnose = jax.vmap(partial(rbpjax.diagnose, linear), (0, None, None, None))
+    together = jax.jit(diagnose)(ws, x, h, KEY)
     assert together.recommended.shape == (3,) and together.holds.shape[0] == 3
     for i, w in enumerate(ws):
-        alone = jax.jit(diagnose)(w, x, h, KEY)
+        alone = at_state(w, h)
         one = jax.tree.map(lambda leaf, i=i: leaf[i], together)
         assert one.recommended == alone.recommended
         chex.assert_trees_all_close(one[:8], alone[:8], rtol=1e-9)
@@ -268,7 +270,7 @@ def test_eager_equals_jit():
 
 def test_float32_state():
     """A float32 state has a float32 diagnosis and tolerance, near that of float64."""
-    w = ginibre(30, 0.8)
+    w = ginibre(40, 0.8)
     d32, d64 = linear_diagnosis(w.astype(jnp.float32)), linear_diagnosis(w)
     assert d32.spectral_radius.dtype == d32.tol.dtype == jnp.float32
     np.testing.assert_allclose(d32.tol, np.finfo(np.float32).eps ** 0.75, rtol=1e-2)
