@@ -56,7 +56,7 @@ def average(estimator: Estimator, copies: int) -> Estimator:
         many = jax.vmap(
             estimator.step,
             in_axes=(None, axes, None, None, 0),
-            out_axes=(axes, OnlineOutput(None, 0)),
+            out_axes=(axes, OnlineOutput._make((None, 0))),
         )
         carry, out = many(params, carry, x, y, noise)
         return carry, out._replace(grads=_mean(out.grads))

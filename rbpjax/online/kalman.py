@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 
 from rbpjax.online.estimator import (
     Carry,
@@ -20,8 +21,9 @@ from rbpjax.online.metric import (
     QuasiDiagonalState,
     Rows,
     apply_inverse,
+    check_filter,
+    empty,
     learn,
-    scale_by_quasi_diagonal,
 )
 from rbpjax.online.nobacktrack import Norms, reduce_units
 from rbpjax.online.noise import state_signs
@@ -99,21 +101,19 @@ def kalman_nobacktrack(
       Ollivier, "Online Natural Gradient as a Kalman Filter",
       https://arxiv.org/abs/1703.00209.
     """
-    filter_ = scale_by_quasi_diagonal(
-        decay, rows, damping=damping, include_current=include_current
-    )
+    check_filter(decay, damping)
 
     def init(params, h0):
         zeros = optax.tree.zeros_like
         h0, p = jax.tree.map(jnp.asarray, h0), floats(params)
         pair = RankOne(zeros(floats(h0)), zeros(p))
-        return Carry(h0, pair, Metric(filter_.init(p), zeros(floats(h0))))
+        return Carry(h0, pair, Metric(empty(rows, p), zeros(floats(h0))))
 
     def step(params, carry, x, y, noise):
         learnt, seen = carry.metric
         here = observe(f, loss, params, carry.h, x, y)
 
-        mean = optax.tree.sum(seen) / optax.tree.size(seen)
+        mean = jnp.mean(ravel_pytree(seen)[0])
         units = jax.tree.map(
             lambda s: jnp.sqrt(1 + s / jnp.where(mean > 0, mean, 1)), seen
         )

@@ -121,16 +121,10 @@ def scale_by_quasi_diagonal(
       https://arxiv.org/abs/1703.00209. The quasi-diagonal inverse as in the public
       code clementfarabet/lua---nnx, ``QDRiemaNNLinear.lua``.
     """
-    for name, value, most in (("decay", decay, 1.0), ("damping", damping, jnp.inf)):
-        if not isinstance(value, (int, float)) or not 0 < value <= most:
-            raise ValueError(
-                f"`{name}` must be a Python number in (0, {most}]; got {value!r}."
-            )
+    check_filter(decay, damping)
 
     def init(params):
-        matrices = _arrange(rows, params)
-        metric = jax.tree.map(lambda m: outer(jnp.zeros_like(m)), matrices)
-        return QuasiDiagonalState(jnp.zeros((), jnp.int32), metric)
+        return empty(rows, params)
 
     def update(updates, state, params=None):
         del params
@@ -139,6 +133,21 @@ def scale_by_quasi_diagonal(
         return apply_inverse(rows, used.metric, updates, damping), learnt
 
     return optax.GradientTransformation(init, update)
+
+
+def check_filter(decay: object, damping: object) -> None:
+    """Raises ValueError unless both are Python numbers in their ranges."""
+    for name, value, most in (("decay", decay, 1.0), ("damping", damping, jnp.inf)):
+        if not isinstance(value, (int, float)) or not 0 < value <= most:
+            raise ValueError(
+                f"`{name}` must be a Python number in (0, {most}]; got {value!r}."
+            )
+
+
+def empty(rows: Rows | None, params: PyTree) -> QuasiDiagonalState:
+    """A metric that has seen nothing."""
+    metric = jax.tree.map(lambda m: outer(jnp.zeros_like(m)), _arrange(rows, params))
+    return QuasiDiagonalState(jnp.zeros((), jnp.int32), metric)
 
 
 def learn(
