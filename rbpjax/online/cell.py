@@ -62,6 +62,16 @@ class PreactivationCell:
             )
         return jax.vmap(self.activate, (1, 0))(kernel @ features, h)
 
+    def row_norms(self, params: PyTree, x: PyTree, h: PyTree) -> PyTree:
+        """‖Fᵢ‖ for each unit in O(n), for ``nobacktrack``; a pytree like ``h``.
+
+        Exact where ``kernel`` is a rearrangement of the parameters, in which
+        ‖Fᵢ‖ = ‖∂h'ᵢ/∂z‖ ‖ĥ‖; close to it where it pads with zeros.
+        """
+        inside = unit_jacobians(self, params, x, h)
+        norms = jnp.linalg.norm(inside.gates, axis=2) * jnp.linalg.norm(inside.features)
+        return jax.tree.structure(h).unflatten(list(norms))
+
 
 class UnitJacobians(NamedTuple):
     """What one step of a cell looks like inside its units.
@@ -84,8 +94,9 @@ def unit_jacobians(
 ) -> UnitJacobians:
     """Differentiates ``activate`` unit by unit: O(n), no matrix of n × n."""
     features = cell.features(x, h)
-    by_unit = jax.vmap(jax.jacrev(cell.activate, argnums=(0, 1)), (1, 0))
-    gates, local = by_unit(cell.kernel(params) @ features, h)
+    z = cell.kernel(params) @ features
+    gates = jax.vmap(jax.jacrev(cell.activate, 0), (1, 0))(z, h)
+    local = jax.vmap(jax.jacrev(cell.activate, 1), (1, 0))(z, h)
     rows = jax.tree.structure(h).flatten_up_to(local)
     return UnitJacobians(
         features,
