@@ -24,6 +24,7 @@ from rbpjax.online.metric import (
     check_filter,
     empty,
     learn,
+    newest_share,
 )
 from rbpjax.online.nobacktrack import Norms, reduce_units
 from rbpjax.online.noise import state_signs
@@ -130,7 +131,7 @@ def kalman_nobacktrack(
         new = learn(decay, rows, learnt, grads)
         used = new if include_current else learnt
         direction = apply_inverse(rows, used.metric, grads, damping)
-        gamma = jnp.maximum(decay, 1 / new.count)
+        gamma = newest_share(decay, learnt.count)
         seen = jax.tree.map(
             lambda s, d: s + gamma.astype(s.dtype) * (d**2 - s), seen, here.delta
         )

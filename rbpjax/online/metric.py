@@ -150,11 +150,16 @@ def empty(rows: Rows | None, params: PyTree) -> QuasiDiagonalState:
     return QuasiDiagonalState(jnp.zeros((), jnp.int32), metric)
 
 
+def newest_share(decay: float, count: jax.Array) -> jax.Array:
+    """γₜ = max(γ, 1 / (t+1)): a plain mean at first, then forgetting."""
+    return jnp.maximum(decay, 1 / (count.astype(float) + 1))
+
+
 def learn(
     decay: float, rows: Rows | None, state: QuasiDiagonalState, tree: PyTree
 ) -> QuasiDiagonalState:
     """Mixes the outer products of the gradient ``tree`` into the metric."""
-    gamma = jnp.maximum(decay, 1 / (state.count + 1))
+    gamma = newest_share(decay, state.count)
 
     def mix(g, metric):
         return jax.tree.map(
