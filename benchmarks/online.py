@@ -45,10 +45,10 @@ PARTS = ("quality", "cost", "balance", "anbn", "brackets", "text")
 LEARNERS = {
     "anbn": tuple(METHODS),
     "brackets": tuple(m for m in METHODS if m != "kalman"),
-    "text": tuple(m for m in METHODS if m not in ("kalman", "uoro16")),
+    "text": tuple(m for m in METHODS if m not in ("kalman", "uoro16", "kf_rtrl")),
 }
 UNITS = {"anbn": 32, "brackets": 32, "text": 64}
-LENGTHS = {"anbn": 400_000, "brackets": 304_000, "text": 208_000}
+LENGTHS = {"anbn": 400_000, "brackets": 160_000, "text": 208_000}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,6 +262,9 @@ def show(part: str, result: dict[str, Any]) -> str:
     else:
         for name, m in result["methods"].items():
             ends = [float("nan") if b is None else b for b in m["last_quarter"]]
+            pilots = [b for b in m["pilot_bits"].values() if b is not None]
             row = {"method": METHODS[name].title, "rate": f"{m['rate']:g}"}
-            made.append(row | {"bits, last quarter": mean_std(ends, 4)})
+            row |= {"bits, pilot": f"{min(pilots):.4f}" if pilots else "diverged"}
+            row |= {"bits, last quarter": mean_std(ends, 4) if ends else "–"}
+            made.append(row)
     return table(made)

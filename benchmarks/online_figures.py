@@ -134,7 +134,8 @@ def draw_learning(result: dict[str, Any], name: str) -> Path:
         pace = {}
     fig, axes = figure(10, 3.8, ncols=2 if pace else 1, squeeze=False)
     floor = np.inf
-    for i, (method, m) in enumerate(result["methods"].items()):
+    full = {name: m for name, m in result["methods"].items() if m["bits"]}
+    for i, (method, m) in enumerate(full.items()):
         bits = np.array(m["bits"], float)
         width = max(1, bits.shape[1] // 25)
         bits = bits[:, : bits.shape[1] // width * width]
@@ -146,16 +147,11 @@ def draw_learning(result: dict[str, Any], name: str) -> Path:
             low, high = bits.min(0), bits.max(0)
             ax.fill_between(x, low, high, color=f"C{i % 10}", alpha=0.1)
     # From the second point on: the first is dominated by the untrained network.
-    start = max(
-        np.nanmean(np.array(m["bits"], float)[:, 1]) for m in result["methods"].values()
-    )
+    start = max(np.nanmean(np.array(m["bits"], float)[:, 1]) for m in full.values())
     for ax, label in zip(axes[0], ("characters read", "seconds"), strict=False):
-        ax.set(
-            xlabel=label, ylim=(0.95 * min(floor, result["entropy"] or floor), start)
-        )
+        ax.set(xlabel=label, ylim=(0.95 * (result["entropy"] or floor), start))
         if result["entropy"]:
             ax.axhline(result["entropy"], color="k", lw=0.8)
-            ax.set_ylim(0.9 * result["entropy"])
     axes[0, 0].set_ylabel("bits a character, online")
     if pace:
         axes[0, 1].set_xscale("log")

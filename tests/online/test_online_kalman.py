@@ -95,10 +95,11 @@ def test_direction_is_the_preconditioned_raw_gradient(include_current):
     """grads = M⁻¹ĝ of the transformation, applied to what NoBackTrack would return."""
     system = vanilla(n=3, steps=8)
     rows, est = make_kalman(system, include_current)
-    plain = online.nobacktrack(system.f, system.loss)
+    plain = jax.jit(online.nobacktrack(system.f, system.loss).step)
     transform = online.scale_by_quasi_diagonal(
         0.2, rows, damping=0.05, include_current=include_current
     )
+    update = jax.jit(lambda grads, state: transform.update(grads, state))
     signs = jnp.sign(draws(8, 3))
     carries, out = run(est, system, signs)
     start = est.init(system.params, system.h0)
@@ -106,7 +107,7 @@ def test_direction_is_the_preconditioned_raw_gradient(include_current):
     state = transform.init(system.params)
     for t in range(8):
         carry = jax.tree.map(lambda a, t=t: a[t], carries)
-        _, raw = plain.step(
+        _, raw = plain(
             system.params,
             online.Carry(carry.h, carry.influence),
             system.xs[t],
@@ -114,7 +115,7 @@ def test_direction_is_the_preconditioned_raw_gradient(include_current):
             signs[t],
         )
         chex.assert_trees_all_close(carry.metric.params, state, rtol=1e-10)
-        direction, state = transform.update(raw.grads, state)
+        direction, state = update(raw.grads, state)
         got = jax.tree.map(lambda a, t=t: a[t], out.grads)
         chex.assert_trees_all_close(got, direction, rtol=1e-9, atol=1e-11)
         gain = optax.tree.vdot(direction, raw.grads)

@@ -118,20 +118,20 @@ def sample(est, system, runs, seed):
 
 
 def test_sampled_mean_is_within_its_standard_error():
-    """5 standard errors at 2000 runs, which resolve 5 % of the gradient."""
+    """5 standard errors at 1500 runs, which resolve 6 % of the gradient."""
     system = vanilla(n=3, steps=6)
     single = online.uoro(system.f, system.loss)
-    grads, noise = sample(single, system, 2000, seed=2)
+    grads, noise = sample(single, system, 1500, seed=2)
     exact = jax.tree.map(lambda x: jnp.sum(x, 0), step_gradients(system))
     total = jax.tree.map(lambda x: jnp.sum(x, 1), grads)
     for got, want in zip(jax.tree.leaves(total), jax.tree.leaves(exact), strict=True):
-        error = jnp.std(got, 0) / 2000**0.5
+        error = jnp.std(got, 0) / 1500**0.5
         # Directions that no noise reaches have error zero, but for rounding.
         assert jnp.all(jnp.abs(jnp.mean(got, 0) - want) < 5 * error + 1e-10)
-        assert jnp.linalg.norm(error) < 0.05 * jnp.linalg.norm(want)
+        assert jnp.linalg.norm(error) < 0.06 * jnp.linalg.norm(want)
     # The same mean comes from the copies of `average`, with the same noise.
     noise = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), noise)
-    _, out = run(online.average(single, 2000), system, noise)
+    _, out = run(online.average(single, 1500), system, noise)
     chex.assert_trees_all_close(out.grads, mean(grads), rtol=1e-9, atol=1e-11)
 
 
@@ -151,9 +151,9 @@ def test_error_falls_as_one_over_root_n():
     keys = jax.random.split(jax.random.key(3), 400)
     errors = {
         n: jax.jit(jax.vmap(squared_error, (None, 0)), static_argnums=0)(n, keys)
-        for n in (1, 4, 25)
+        for n in (1, 16)
     }
-    for n in (4, 25):
+    for n in (16,):
         # Each mean is known to its standard error over 400 repeats.
         ratio = n * jnp.mean(errors[n]) / jnp.mean(errors[1])
         spread = sum(
@@ -197,13 +197,13 @@ def test_uniform_noise_shrinks_the_past_to_a_third():
     system = vanilla(n=2, steps=3)
     est = online.uoro(system.f, system.loss)
     noise = jax.random.uniform(
-        jax.random.key(5), (10_000, 3, 2), dtype=float, minval=-1.0, maxval=1.0
+        jax.random.key(5), (5_000, 3, 2), dtype=float, minval=-1.0, maxval=1.0
     )
     carries, _ = jax.jit(jax.vmap(lambda n: run(est, system, n)))(noise)
     v, w = carries.influence
     products = jnp.einsum("ei,ejk->eijk", v[:, -1], w["W"][:, -1])
     exact = run(online.rtrl(system.f, system.loss), system)[0].influence["W"][-1]
-    error = jnp.std(products, 0) / 100
+    error = jnp.std(products, 0) / 5_000**0.5
     gap = lambda target: jnp.max(jnp.abs(jnp.mean(products, 0) - target) / error)
     assert gap(exact / 3) < 5
     assert gap(exact) > 10
