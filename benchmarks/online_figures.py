@@ -86,6 +86,7 @@ def draw_cost(result: dict[str, Any], name: str) -> Path:
         axes[1].loglog(lengths, np.array(list(m["bytes"].values())) / 1e3, **look)
     axes[0].set(title="time a step", xlabel="units", ylabel="µs, median and quartiles")
     axes[0].set_xticks([32, 64, 128, 256], ["32", "64", "128", "256"])
+    axes[0].set_xticks([], minor=True)
     axes[1].set(
         title="temporary memory, 64 units", xlabel="length of the run", ylabel="kB"
     )

@@ -17,8 +17,12 @@ from jax.flatten_util import ravel_pytree
 
 import rbpjax
 from rbpjax import (
+    GMRES,
     RBP,
+    Adaptive,
     AdjointReport,
+    Anderson,
+    BiCGSTAB,
     CGNormal,
     FixedPointIteration,
     Neumann,
@@ -122,12 +126,15 @@ RULES = {
     "neumann_steps": Neumann(steps=400),
     "rbp": RBP(FixedPointIteration(tol=1e-13)),
     "rbp_uniform": RBP(FixedPointIteration(tol=1e-13), seed=7),
-    "rbp_damped": RBP(FixedPointIteration(tol=1e-13, damping=0.3)),
+    "anderson": RBP(Anderson(tol=1e-13)),
     "cg_normal": CGNormal(tol=1e-12),
+    "bicgstab": BiCGSTAB(tol=1e-12),
+    "gmres": GMRES(tol=1e-12),
+    "adaptive": Adaptive(tol=1e-12),
     "callable": scipy_gmres,
 }
 # Rules that take ρ(J) > 1.
-ROBUST = ("cg_normal", "callable")
+ROBUST = ("anderson", "cg_normal", "bicgstab", "gmres", "adaptive", "callable")
 # Rules whose number of steps does not depend on the problem.
 FIXED_COUNT = ("neumann_steps", "callable")
 

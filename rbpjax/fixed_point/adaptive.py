@@ -8,7 +8,7 @@ from jax import lax
 
 from rbpjax.fixed_point import tree
 from rbpjax.fixed_point.backward import measured
-from rbpjax.fixed_point.krylov import BiCGSTAB, CGNormal, start_at_zero
+from rbpjax.fixed_point.krylov import BiCGSTAB, CGNormal, Progress, start_at_zero
 from rbpjax.types import (
     LinearMap,
     PyTree,
@@ -42,8 +42,7 @@ class Adaptive:
         quarters of the digits of the coarsest dtype in the state.
       max_steps: budget of steps over all three loops; the last may use it up alone.
       contraction: average factor a step above which Neumann is left.
-      patience: number of steps before Neumann is judged, and from which BiCGSTAB is
-        left when none was better.
+      patience: number of steps before Neumann is judged.
 
     Raises:
       ValueError: if a field is out of its range or not a Python number.
@@ -77,6 +76,15 @@ class Adaptive:
         """Solves (I - Jᵀ) z = g."""
         g, size = tree.to_unit(cotangent)
         tol = tree.default_tol(g) if self.tol is None else self.tol
+        now = self.neumann(vjp, g)
+        half = self.max_steps // 2 or 1
+        now = BiCGSTAB(half).solve(vjp, g, now, tol)
+        z, _, k, _ = CGNormal(self.max_steps).solve(vjp, g, now, tol)
+        return measured(vjp, g, size, z, k, tol)
+
+    def neumann(self, vjp: LinearMap, g: PyTree) -> Progress:
+        """The series while it contracts, for a cotangent g of unit norm."""
+        tol = tree.default_tol(g) if self.tol is None else self.tol
 
         def fast(carry: tuple) -> jax.Array:
             _, _, k, residual = carry
@@ -95,8 +103,4 @@ class Adaptive:
         # Terms that grew are worse than nothing: the Krylov methods start afresh.
         useful = residual < 1
         z, r = tree.where(useful, z, start[0]), tree.where(useful, r, g)
-        residual = jnp.where(useful, residual, jnp.minimum(start[3], 1))
-        now = (z, r, k, residual)
-        now = BiCGSTAB(self.max_steps // 2 or 1, patience=30).solve(vjp, g, now, tol)
-        z, _, k, _ = CGNormal(self.max_steps).solve(vjp, g, now, tol)
-        return measured(vjp, g, size, z, k, tol)
+        return z, r, k, jnp.where(useful, residual, start[3])

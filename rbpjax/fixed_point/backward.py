@@ -47,7 +47,17 @@ def measured(
     One VJP, which the compiler removes when nobody reads the report.
     """
     residual = tree.norm(adjoint_defect(vjp, g, z))
-    return Solution(tree.scale(size, z), steps, residual, residual <= tol)
+    converged = (residual <= tol) & resolved(z, tol)
+    return Solution(tree.scale(size, z), steps, residual, converged)
+
+
+def resolved(z: PyTree, tol: float) -> jax.Array:
+    """Whether the residual of z, for a unit cotangent, means anything.
+
+    Rounding alone leaves an error of ε‖z‖ in it. A singular I - J lets z grow until g
+    is lost in that rounding, and the residual, then, looks like zero.
+    """
+    return tree.coarsest_eps(z) * tree.norm(z) <= tol**0.5
 
 
 @strategy
@@ -214,6 +224,8 @@ class RBP:
         start = g if self.seed is None else _uniform(self.seed, g, size)
         z, steps, _, converged = self.solver(step, start)
         residual = tree.norm(adjoint_defect(vjp, g, z))
+        # The solver's tolerance is its own affair, and unknown here.
+        converged = converged & resolved(z, tree.default_tol(g))
         return Solution(tree.scale(size, z), steps, residual, converged)
 
 

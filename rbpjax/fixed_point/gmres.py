@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rbpjax.fixed_point import tree
+from rbpjax.fixed_point.backward import resolved
 from rbpjax.fixed_point.krylov import ratio, refine, start_at_zero
 from rbpjax.types import (
     LinearMap,
@@ -121,7 +122,7 @@ class GMRES:
 
         def measure(z: PyTree) -> tuple[PyTree, jax.Array]:
             r = tree.sub(g, apply(z))
-            return r, tree.norm(r)
+            return r, jnp.where(resolved(z, tol), tree.norm(r), jnp.inf)
 
         start = start_at_zero(g)
         z, r, k, now = refine(inner, measure, start, tol, self.max_steps)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rbpjax.fixed_point import tree
+from rbpjax.fixed_point.backward import resolved
 from rbpjax.types import (
     LinearMap,
     PyTree,
@@ -171,7 +172,8 @@ class CGNormal:
 
         def measure(z: PyTree) -> tuple[PyTree, jax.Array]:
             r = tree.sub(g, apply(z))
-            return r, error(r, apply_adjoint(r, z) if ridge else r, scale)
+            size = error(r, apply_adjoint(r, z) if ridge else r, scale)
+            return r, jnp.where(resolved(z, tol), size, jnp.inf)
 
         return refine(inner, measure, start, tol, self.max_steps)
 
@@ -265,6 +267,6 @@ class BiCGSTAB:
 
         def measure(z: PyTree) -> tuple[PyTree, jax.Array]:
             r = tree.sub(g, apply(z))
-            return r, tree.norm(r)
+            return r, jnp.where(resolved(z, tol), tree.norm(r), jnp.inf)
 
         return refine(inner, measure, start, tol, self.max_steps)
