@@ -133,7 +133,7 @@ def draw_learning(result: dict[str, Any], name: str) -> Path:
         pace = read_json("online-cost")["seconds_a_character"][task]
     except UsageError:
         pace = {}
-    fig, axes = figure(10, 3.8, ncols=2 if pace else 1, squeeze=False)
+    fig, axes = figure(8.4, 3.4, ncols=2 if pace else 1, squeeze=False)
     floor = np.inf
     full = {name: m for name, m in result["methods"].items() if m["bits"]}
     for i, (method, m) in enumerate(full.items()):
@@ -143,13 +143,15 @@ def draw_learning(result: dict[str, Any], name: str) -> Path:
         bits = bits.reshape(len(bits), -1, width).mean(2)
         read = POINT * width * (np.arange(bits.shape[1]) + 1)
         floor = min(floor, np.nanmin(bits))
-        for ax, x in zip(axes[0], (read, read * pace.get(method, 0)), strict=False):
+        for ax, x in zip(
+            axes[0], (read / 1e3, read * pace.get(method, 0)), strict=False
+        ):
             ax.plot(x, bits.mean(0), label=METHODS[method].title, lw=1.2, **style(i))
             low, high = bits.min(0), bits.max(0)
             ax.fill_between(x, low, high, color=f"C{i % 10}", alpha=0.1)
     # From the second point on: the first is dominated by the untrained network.
     start = max(np.nanmean(np.array(m["bits"], float)[:, 1]) for m in full.values())
-    for ax, label in zip(axes[0], ("characters read", "seconds"), strict=False):
+    for ax, label in zip(axes[0], ("thousand characters", "seconds"), strict=False):
         ax.set(xlabel=label, ylim=(0.95 * (result["entropy"] or floor), start))
         if result["entropy"]:
             ax.axhline(result["entropy"], color="k", lw=0.8)

@@ -72,7 +72,7 @@ def test_window_summed_gradient_changes_sign_at_110():
     assert gradient(110) > 0
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("dtype", [jnp.float32])
 def test_uoro_reaches_the_optimum(dtype):
     """Step 1e-5, 200,000 steps, 3 of 3 seeds."""
     a, s = jnp.asarray(A, dtype), jnp.asarray(SIGNS, dtype)
