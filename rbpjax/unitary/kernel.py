@@ -119,8 +119,8 @@ def fourier_kernel(kernel: jax.Array, lattice: tuple[int, ...]) -> FourierKernel
       >>> import jax.numpy as jnp
       >>> from rbpjax.unitary import fourier_kernel
       >>> shift = fourier_kernel(jnp.array([0.0, 0.0, 1.0]), (5,))  # offset +1
-      >>> print(shift(jnp.arange(5.0)).round(9))
-      [4. 0. 1. 2. 3.]
+      >>> print(shift(jnp.arange(1.0, 6.0)).round(9))
+      [5. 1. 2. 3. 4.]
     """
     window, real = _check_kernel(kernel, lattice), not jnp.iscomplexobj(kernel)
     pad = [(0, n - w) for n, w in zip(lattice, window, strict=True)]
