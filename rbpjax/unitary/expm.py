@@ -26,7 +26,6 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-
 _SQUARINGS = 18
 
 
