@@ -1,3 +1,41 @@
 """Gradients of recurrent computations without their history, as JAX transforms."""
 
+from rbpjax.fixed_point.backward import RBP, CGNormal, Neumann
+from rbpjax.fixed_point.diagnose import (
+    adjoint_residual,
+    jacobian_norm,
+    spectral_radius,
+)
+from rbpjax.fixed_point.forward import FixedPointIteration
+from rbpjax.fixed_point.solve import (
+    AdjointReport,
+    rbp_jvp,
+    rbp_solve,
+    rbp_vjp,
+    value_and_grad,
+)
+from rbpjax.fixed_point.unroll import bptt, tbptt
+from rbpjax.types import BackwardRule, ForwardSolver, Solution, StepFn
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "RBP",
+    "AdjointReport",
+    "BackwardRule",
+    "CGNormal",
+    "FixedPointIteration",
+    "ForwardSolver",
+    "Neumann",
+    "Solution",
+    "StepFn",
+    "adjoint_residual",
+    "bptt",
+    "jacobian_norm",
+    "rbp_jvp",
+    "rbp_solve",
+    "rbp_vjp",
+    "spectral_radius",
+    "tbptt",
+    "value_and_grad",
+]

@@ -21,7 +21,7 @@ PyTree = Any
 """Any nest of tuples, lists, dicts, … with arrays as leaves."""
 
 StepFn = Callable[[PyTree, PyTree, PyTree], PyTree]
-"""``f(params, inputs, h) -> h``, with the same structure, shapes and dtypes as ``h``."""
+"""``f(params, inputs, h) -> h``: a state like ``h`` in structure, shapes and dtypes."""
 
 LinearMap = Callable[[PyTree], PyTree]
 """A linear map from states to states, such as v ↦ Jᵀv."""
@@ -47,7 +47,9 @@ class Solution(NamedTuple):
 class ForwardSolver(Protocol):
     """Finds h with h = step(h). Any callable with this signature is a solver."""
 
-    def __call__(self, step: Callable[[PyTree], PyTree], h0: PyTree, /) -> Solution: ...
+    def __call__(self, step: Callable[[PyTree], PyTree], h0: PyTree, /) -> Solution:
+        """Returns the fixed point found from ``h0``."""
+        ...
 
 
 class BackwardRule(Protocol):
@@ -56,7 +58,9 @@ class BackwardRule(Protocol):
     J itself, where a rule needs it, is ``jax.linear_transpose(vjp, cotangent)``.
     """
 
-    def __call__(self, vjp: LinearMap, cotangent: PyTree, /) -> Solution: ...
+    def __call__(self, vjp: LinearMap, cotangent: PyTree, /) -> Solution:
+        """Returns the adjoint z."""
+        ...
 
 
 T = TypeVar("T")

@@ -1,4 +1,4 @@
-"""Strict numerics for every test: float64, explicit ranks and dtypes."""
+"""Strict numerics for every test and doctest: float64, explicit ranks and dtypes."""
 
 import jax
 import pytest
@@ -11,4 +11,5 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 @pytest.fixture
 def key():
+    """A fixed PRNG key."""
     return jax.random.key(0)

@@ -1,0 +1,164 @@
+"""Vector arithmetic on pytree states, safe in scale and dtype.
+
+Inner products are the real ones, Re⟨x̄, y⟩, so that complex states are treated as the
+pairs of real numbers that a step function, which need not be holomorphic, sees.
+Reductions accumulate in float32 at least: a bfloat16 sum would lose the residual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+PyTree = Any
+
+
+def real_dtype(tree: PyTree) -> jnp.dtype:
+    """The real dtype, float32 at least, in which norms of ``tree`` are computed."""
+    bits = max((jnp.finfo(x.dtype).bits for x in jax.tree.leaves(tree)), default=32)
+    return jnp.dtype(jnp.float64 if bits > 32 else jnp.float32)
+
+
+def coarsest_eps(tree: PyTree) -> float:
+    """The largest machine epsilon among the dtypes of the leaves."""
+    return max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(tree))
+
+
+def default_tol(tree: PyTree) -> float:
+    """Three quarters of the digits: ε^¾ is 6e-6 in float32, 2e-12 in float64."""
+    return coarsest_eps(tree) ** 0.75
+
+
+def add(x: PyTree, y: PyTree) -> PyTree:
+    """``x + y``, leaf by leaf."""
+    return jax.tree.map(jnp.add, x, y)
+
+
+def sub(x: PyTree, y: PyTree) -> PyTree:
+    """``x - y``, leaf by leaf."""
+    return jax.tree.map(jnp.subtract, x, y)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    """``x`` in float32 at least, so that a half-precision update rounds once."""
+    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
+
+
+def scale(a: jax.Array | float, x: PyTree) -> PyTree:
+    """``a * x`` for a real scalar ``a``, in the dtypes of ``x``."""
+
+    def leaf(u: jax.Array) -> jax.Array:
+        wide = _wide(u)
+        return (jnp.asarray(a).astype(wide.dtype) * wide).astype(u.dtype)
+
+    return jax.tree.map(leaf, x)
+
+
+def axpy(a: jax.Array | float, x: PyTree, y: PyTree) -> PyTree:
+    """``a * x + y`` for a real scalar ``a``, in the dtypes of ``y``."""
+
+    def leaf(u: jax.Array, v: jax.Array) -> jax.Array:
+        wide = _wide(v)
+        a_wide = jnp.asarray(a).astype(wide.dtype)
+        return (a_wide * u.astype(wide.dtype) + wide).astype(v.dtype)
+
+    return jax.tree.map(leaf, x, y)
+
+
+def where(condition: jax.Array, x: PyTree, y: PyTree) -> PyTree:
+    """``x`` if the scalar ``condition`` holds, else ``y``."""
+    return jax.tree.map(lambda u, v: jnp.where(condition, u, v), x, y)
+
+
+def vdot(x: PyTree, y: PyTree) -> jax.Array:
+    """The real inner product Re⟨x̄, y⟩."""
+    dtype = real_dtype((x, y))
+
+    def leaf(u: jax.Array, v: jax.Array) -> jax.Array:
+        if jnp.iscomplexobj(u):
+            return leaf(u.real, v.real) + leaf(u.imag, v.imag)
+        return jnp.sum(u.astype(dtype) * v.astype(dtype))
+
+    return sum(map(leaf, jax.tree.leaves(x), jax.tree.leaves(y)), jnp.zeros((), dtype))
+
+
+def norm(x: PyTree) -> jax.Array:
+    """The 2-norm ‖x‖, for vectors whose entries' squares are representable."""
+    return jnp.sqrt(vdot(x, x))
+
+
+def max_abs(x: PyTree) -> jax.Array:
+    """The largest modulus of an entry."""
+    dtype = real_dtype(x)
+    zero = jnp.zeros((), dtype)
+    leaves = [jnp.max(jnp.abs(u), initial=0).astype(dtype) for u in jax.tree.leaves(x)]
+    return jax.tree.reduce(jnp.maximum, leaves, zero)
+
+
+def to_unit(x: PyTree) -> tuple[PyTree, jax.Array]:
+    """``(x / ‖x‖, ‖x‖)``; ``(0, 0)`` for zero.
+
+    Entries are divided by the largest of them before they are squared: the squares of
+    1e-20 vanish in float32, and with them the gradient of a loss so scaled.
+    """
+    largest = max_abs(x)
+    safe = jnp.where(largest == 0, 1, largest).astype(largest.dtype)
+    x = jax.tree.map(lambda u: u / safe.astype(u.real.dtype), x)
+    length = norm(x)
+    safe_length = jnp.where(length == 0, 1, length).astype(length.dtype)
+    x = jax.tree.map(lambda u: u / safe_length.astype(u.real.dtype), x)
+    return x, largest * length
+
+
+def adjoint(linear: Callable[[PyTree], PyTree], like: PyTree) -> Callable:
+    """The adjoint of a map of states under the real inner product of this module.
+
+    For real states it is the transpose: of v ↦ Jᵀv, it is u ↦ Ju.
+    """
+    transpose = jax.linear_transpose(linear, like)
+    conj = lambda x: jax.tree.map(jnp.conj, x)
+    return lambda u: conj(transpose(conj(u))[0])
+
+
+def random_unit(key: jax.Array, like: PyTree) -> PyTree:
+    """A random direction of norm one with the structure and dtypes of ``like``."""
+    leaves, treedef = jax.tree.flatten(like)
+    keys = jax.random.split(key, len(leaves))
+    draws = [
+        jax.random.normal(k, x.shape, x.dtype)
+        for k, x in zip(keys, leaves, strict=True)
+    ]
+    return vary_like(to_unit(jax.tree.unflatten(treedef, draws))[0], like)
+
+
+def varying_axes(avals: Iterable[Any]) -> frozenset:
+    """The ``shard_map`` axes over which arrays of these types vary."""
+    return frozenset().union(
+        # JAX 0.12 moved the set of varying axes.
+        *(a.vma if hasattr(a, "vma") else a.manual_axis_type.varying for a in avals)
+    )
+
+
+def vary(x: PyTree, axes: frozenset) -> PyTree:
+    """Marks ``x`` as varying over ``axes`` of the enclosing ``shard_map``.
+
+    A loop's carry must have one type on entry and on exit, and with ``check_vma`` the
+    varying axes are part of the type.
+    """
+    if not axes:
+        return x
+
+    def leaf(u: jax.Array) -> jax.Array:
+        missing = axes - varying_axes([jax.typeof(u)])
+        return lax.pcast(u, tuple(missing), to="varying") if missing else u
+
+    return jax.tree.map(leaf, x)
+
+
+def vary_like(x: PyTree, reference: PyTree) -> PyTree:
+    """Marks ``x`` as varying over all axes that a leaf of ``reference`` varies over."""
+    return vary(x, varying_axes(map(jax.typeof, jax.tree.leaves(reference))))
