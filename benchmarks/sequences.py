@@ -137,18 +137,21 @@ def unroll(task: Task, step: Callable, read: Callable, h0: Any, xs: jax.Array) -
     return ys if task.every_step else read(h)
 
 
-def unitary(task: Task, size: int, activation: Activation, gain: float) -> Network:
+def unitary(
+    task: Task, size: int, activation: Activation, gain: float, scale: float
+) -> Network:
     """The convolutional cell on a complex ring with kernels of full support.
 
     Inputs are scaled by ``gain`` and the read-out by 1/gain: the amplitude at which a
-    saturating cell works. The linear cell is trained with its history recomputed.
+    saturating cell works. ``scale`` is the rms of the first rotation angles; 1.8 puts
+    them all around the circle, as in expRNN's Henaff start. The linear cell is trained
+    with its history recomputed.
     """
     cell = UnitaryCell((size,), activation=activation)
 
     def init(key: jax.Array) -> CellWeights:
-        # Rotation angles all around the circle, as in expRNN's Henaff start.
         return cell.init(
-            key, radius=size // 2, inputs=task.inputs, outputs=task.outputs, scale=1.8
+            key, radius=size // 2, inputs=task.inputs, outputs=task.outputs, scale=scale
         )
 
     def run(weights: CellWeights, xs: jax.Array) -> jax.Array:
