@@ -1,0 +1,1 @@
+"""Experiments and comparisons: ``python -m benchmarks NAME``."""

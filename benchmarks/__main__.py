@@ -1,0 +1,47 @@
+"""The command line: ``python -m benchmarks NAME --help``."""
+
+import contextlib
+import io
+import sys
+
+import tyro
+
+from benchmarks import hopfield, readme
+from benchmarks.harness import UsageError
+
+# An experiment is one dataclass: its fields are the options, its ``run`` does the work.
+COMMANDS = {"hopfield": hopfield.Hopfield, "readme": readme.Readme}
+
+
+def parse(arguments: list[str]) -> object:
+    """The experiment that the arguments ask for; UsageError in one line if none."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.extras.subcommand_cli_from_dict(
+                COMMANDS, prog="python -m benchmarks", args=arguments
+            )
+    except SystemExit as exit_:
+        if not exit_.code:  # --help
+            raise
+        # A frame, drawn in the terminal's own characters, with its title in the first
+        # line; the second line says what was wrong.
+        lines = [line.strip("│╭╮╰╯─|+- ") for line in complaint.getvalue().splitlines()]
+        raise UsageError(next(filter(None, lines[1:]), "bad arguments")) from None
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one command and returns the exit code."""
+    try:
+        parse(arguments).run()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
