@@ -6,11 +6,15 @@ import sys
 
 import tyro
 
-from benchmarks import hopfield, readme
+from benchmarks import hopfield, readme, unitary
 from benchmarks.harness import UsageError
 
 # An experiment is one dataclass: its fields are the options, its ``run`` does the work.
-COMMANDS = {"hopfield": hopfield.Hopfield, "readme": readme.Readme}
+COMMANDS = {
+    "hopfield": hopfield.Hopfield,
+    "unitary": unitary.Unitary,
+    "readme": readme.Readme,
+}
 
 
 def parse(arguments: list[str]) -> object:
