@@ -98,7 +98,7 @@ NETWORKS: dict[str, Callable] = {
     "linear": lambda *args: _unitary(identity, *args),
     "saturating": lambda *args: _unitary(saturate, *args),
     "modulus": lambda *args: _unitary(modulus, *args),
-    "exprnn": lambda task, *_: sequences.exp_rnn(task, 128),
+    "exprnn": lambda task, *_: sequences.exp_rnn(task, 64),
     "lstm": lambda task, *_: sequences.lstm(task, 64),
 }
 

@@ -146,31 +146,27 @@ def recomputed_scan(
       Maclaurin, Duvenaud and Adams, "Gradient-based Hyperparameter Optimization
       through Reversible Learning", ICML 2015 (recomputing a trajectory backwards).
     """
-    steps = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(inputs)}
+    inputs, h0 = jax.tree.map(jnp.asarray, (inputs, h0))
+    steps = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(inputs)}
     if length is not None:
         steps.add(length)
-    if len(steps) != 1 or None in steps:
+    if len(steps) != 1 or 0 in steps:
         raise ValueError(
-            "every leaf of `inputs` needs the same leading time axis, equal to "
-            f"`length` if that is given; got sizes {steps} and length={length}."
+            "every leaf of `inputs` needs the same leading time axis of at least one "
+            "step, equal to `length` if that is given; got sizes "
+            f"{sorted(steps)} and length={length}."
         )
     (total,) = steps
-    if not all(jnp.issubdtype(x.dtype, jnp.inexact) for x in jax.tree.leaves(h0)):
-        raise ValueError(
-            "`h0` must be a pytree of floating-point arrays; got "
-            f"{jax.tree.map(lambda x: x.dtype, h0)}. Counters belong into `inputs`."
-        )
+    _check_floats("h0", h0, "Counters belong into `inputs`.")
     examples = (params, jax.tree.map(lambda x: x[0], inputs), h0)
     f, f_consts, shape = _hoist(f, *examples)
-    if jax.tree.map(_spec, shape) != jax.tree.map(_spec, h0):
-        raise ValueError(
-            "`f` must return the same structure, shapes and dtypes as `h0`; got "
-            f"{shape} for {jax.tree.map(_spec, h0)}."
-        )
-    emit, emit_consts, _ = _hoist(emit or (lambda *_: None), *examples)
+    _check_like("f", shape, h0)
+    emit, emit_consts, shape = _hoist(emit or (lambda *_: None), *examples)
+    _check_floats("emit", shape, "Convert what it returns.")
     inverse_consts: Any = ()
     if isinstance(history, Inverse):
-        inverse, inverse_consts, _ = _hoist(history.inverse, *examples)
+        inverse, inverse_consts, shape = _hoist(history.inverse, *examples)
+        _check_like("inverse", shape, h0)
         history = Inverse(
             lambda p, x, h: inverse(p[3], p[0], x, h), anchors=history.anchors
         )
@@ -260,8 +256,22 @@ def _scan_bwd(
 _scan.defvjp(_scan_fwd, _scan_bwd)
 
 
-def _spec(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+def _check_floats(name: str, tree: PyTree, remedy: str) -> None:
+    kinds = jax.tree.map(lambda x: x.dtype, tree)
+    if not all(jnp.issubdtype(kind, jnp.inexact) for kind in jax.tree.leaves(kinds)):
+        raise ValueError(
+            f"`{name}` must be a pytree of floating-point arrays; got {kinds}. {remedy}"
+        )
+
+
+def _check_like(name: str, shape: PyTree, h0: PyTree) -> None:
+    spec = lambda x: (x.shape, str(x.dtype))
+    got, expected = jax.tree.map(spec, shape), jax.tree.map(spec, h0)
+    if got != expected:
+        raise ValueError(
+            f"`{name}` must return the same structure, shapes and dtypes as `h0`; "
+            f"got {got} for {expected}."
+        )
 
 
 def _is_none(x: object) -> bool:
