@@ -6,11 +6,12 @@ import sys
 
 import tyro
 
-from benchmarks import hopfield, readme, unitary
+from benchmarks import families, hopfield, readme, unitary
 from benchmarks.harness import UsageError
 
 # An experiment is one dataclass: its fields are the options, its ``run`` does the work.
 COMMANDS = {
+    "families": families.Families,
     "hopfield": hopfield.Hopfield,
     "unitary": unitary.Unitary,
     "readme": readme.Readme,

@@ -5,15 +5,29 @@ complex eigenvalues, or a structured state, and a reference gradient that is not
 A new backward rule is one row in RULES and is then tested by every file here.
 """
 
+import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from rbpjax import RBP, CGNormal, FixedPointIteration, Neumann, Solution
+import rbpjax
+from rbpjax import (
+    GMRES,
+    RBP,
+    Adaptive,
+    AdjointReport,
+    Anderson,
+    BiCGSTAB,
+    CGNormal,
+    FixedPointIteration,
+    Neumann,
+    Solution,
+)
 
 # The forward tolerance of all tests: about 50 roundings of float64.
 FORWARD = FixedPointIteration(max_steps=5000, tol=1e-14)
@@ -112,12 +126,31 @@ RULES = {
     "neumann_steps": Neumann(steps=400),
     "rbp": RBP(FixedPointIteration(tol=1e-13)),
     "rbp_uniform": RBP(FixedPointIteration(tol=1e-13), seed=7),
-    "rbp_damped": RBP(FixedPointIteration(tol=1e-13, damping=0.3)),
+    "anderson": RBP(Anderson(tol=1e-13)),
     "cg_normal": CGNormal(tol=1e-12),
+    "bicgstab": BiCGSTAB(tol=1e-12),
+    "gmres": GMRES(tol=1e-12),
+    "adaptive": Adaptive(tol=1e-12),
     "callable": scipy_gmres,
 }
-# Rules that take ρ(J) > 1, and the rules whose loop may be compiled for any state.
-ROBUST = ("cg_normal", "callable")
+# Rules that take ρ(J) > 1.
+ROBUST = ("anderson", "cg_normal", "bicgstab", "gmres", "adaptive", "callable")
+# Rules whose number of steps does not depend on the problem.
+FIXED_COUNT = ("neumann_steps", "callable")
+
+
+def replace(rule: Callable, **fields: Any) -> Callable:
+    """The rule, and the solver in it, with those of ``fields`` that it has and uses.
+
+    What is ``None`` in it stays ``None``; a bare callable stays as it is.
+    """
+    if not dataclasses.is_dataclass(rule):
+        return rule
+    used = {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule)}
+    new = {k: v for k, v in fields.items() if used.get(k) is not None}
+    if "solver" in used:
+        new["solver"] = replace(used["solver"], **fields)
+    return dataclasses.replace(rule, **new)
 
 
 def readout(h) -> jax.Array:
@@ -172,3 +205,58 @@ def assert_close(got, want, rtol: float) -> None:
     assert size > 1e-3, f"the reference is too small to test anything: {size}"
     error = jnp.linalg.norm(got_flat - want_flat) / size
     assert error <= rtol, f"relative error {error:.3g} > {rtol:.3g}"
+
+
+# The example of the tables of transformations: a tanh network of three units, ρ(J) up
+# to 0.7, and a batch of four inputs, from nearly linear to saturated.
+W = jnp.array([[0.3, -0.8, 0.1], [0.6, 0.2, -0.3], [0.0, 0.4, -0.2]])
+XS = jnp.array([[0.1, -0.2, 0.3], [1.0, 2.0, -0.5], [-3.0, 0.5, 4.0], [0.0, 0.0, 0.7]])
+ZEROS = AdjointReport.zeros
+
+
+def tanh_step(w, x, h):
+    return jnp.tanh(w @ h + x)
+
+
+def solver_of(f, name):
+    return rbpjax.rbp_solve(f, forward=FORWARD, backward=RULES[name])
+
+
+def loss_and_report(name):
+    """(w, x, probe) -> loss of one example, whose gradient for probe is the report."""
+    solve = solver_of(tanh_step, name)
+    return lambda w, x, probe: readout(solve(w, x, jnp.zeros(3), probe).value)
+
+
+@cache
+def alone(name):
+    """(w, x, probe) -> gradient and report of one example: what others compare with."""
+    return jax.jit(jax.grad(loss_and_report(name), (0, 1, 2)))
+
+
+def reports_alone(name):
+    """The reports of the examples one by one, stacked."""
+    reports = [alone(name)(W, x, ZEROS())[2] for x in XS]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *reports)
+
+
+@partial(jax.jit, static_argnames="f")
+def dense(x, w=W, f=tanh_step):
+    """The dense gradient for (w, x) of one example."""
+    # 400 steps at a rate of at most 0.8 leave nothing but rounding.
+    run = lambda h: jax.lax.fori_loop(0, 400, lambda _, h: f(w, x, h), h)
+    return dense_gradient(Problem(f, w, x, jnp.zeros(3)), run(jnp.zeros(3)))
+
+
+def total_dense():
+    """The dense gradients of the sum over examples."""
+    w_bar, x_bar = jax.vmap(dense)(XS)
+    return w_bar.sum(0), x_bar
+
+
+def assert_same_reports(got, want):
+    """Step counts and verdicts agree exactly, residuals up to their own rounding."""
+    chex.assert_trees_all_equal(got.num_steps, want.num_steps)
+    chex.assert_trees_all_equal(got.converged, want.converged)
+    chex.assert_trees_all_close(got.residual, want.residual, rtol=0, atol=1e-13)
+    chex.assert_trees_all_close(got.cotangent_norm, want.cotangent_norm, rtol=1e-12)

@@ -20,8 +20,7 @@ def relative_change(new: PyTree, old: PyTree) -> jax.Array:
     """
     largest = jnp.maximum(tree.max_abs(new), tree.max_abs(old))
     safe = jnp.where(largest == 0, 1, largest).astype(largest.dtype)
-    unscale = lambda x: jax.tree.map(lambda u: u / safe.astype(u.real.dtype), x)
-    new, old = unscale(new), unscale(old)
+    new, old = tree.divide(new, safe), tree.divide(old, safe)
     size = jnp.maximum(tree.norm(new), tree.norm(old))
     return tree.norm(tree.sub(new, old)) / jnp.where(size == 0, 1, size)
 

@@ -29,7 +29,7 @@ from jax import lax
 from jax.extend import core
 
 from rbpjax.fixed_point import tree
-from rbpjax.fixed_point.backward import CGNormal
+from rbpjax.fixed_point.adaptive import Adaptive
 from rbpjax.fixed_point.forward import FixedPointIteration
 from rbpjax.types import (
     BackwardRule,
@@ -130,7 +130,7 @@ def rbp_solve(
     f: StepFn,
     *,
     forward: ForwardSolver = FixedPointIteration(),
-    backward: BackwardRule = CGNormal(),
+    backward: BackwardRule = Adaptive(),
 ) -> Callable[..., Solution]:
     """Transforms a step function into a differentiable solver of its fixed point.
 
@@ -176,7 +176,7 @@ def rbp_solve(
       >>> import jax, jax.numpy as jnp
       >>> f = lambda w, x, h: jnp.tanh(w @ h + x)
       >>> w = jnp.array([[0.3, -0.8], [0.8, 0.3]])
-      >>> solve = rbp_solve(f, backward=CGNormal(tol=1e-10))
+      >>> solve = rbp_solve(f, backward=Adaptive(tol=1e-10))
       >>> x, h0 = jnp.array([0.1, 0.2]), jnp.zeros(2)
       >>> loss = lambda w: jnp.sum(solve(w, x, h0).value ** 2)
       >>> jax.jit(jax.grad(loss))(w).shape
@@ -219,7 +219,7 @@ def rbp_vjp(
     inputs: PyTree,
     h_star: PyTree,
     cotangent: PyTree,
-    rule: BackwardRule = CGNormal(),
+    rule: BackwardRule = Adaptive(),
 ) -> tuple[tuple[PyTree, PyTree], Solution]:
     """The gradient of a fixed point, as a plain function of the fixed point.
 
@@ -255,6 +255,7 @@ def rbp_vjp(
     """
     step, args, h_star = close(f, params, inputs, h_star)
     _check_like(cotangent, h_star, "`cotangent`", "`h_star`")
+    cotangent = jax.tree.map(jnp.asarray, cotangent)
     _, vjp = jax.vjp(step, args, h_star)
     solution = apply_rule(rule, lambda v: vjp(v)[1], cotangent)
     _, params_bar, inputs_bar = vjp(solution.value)[0]
@@ -267,7 +268,7 @@ def rbp_jvp(
     inputs: PyTree,
     h_star: PyTree,
     tangents: tuple[PyTree, PyTree],
-    rule: BackwardRule = CGNormal(),
+    rule: BackwardRule = Adaptive(),
 ) -> Solution:
     """The directional derivative of a fixed point: forward mode.
 

@@ -58,6 +58,20 @@ def scale(a: jax.Array | float, x: PyTree) -> PyTree:
     return jax.tree.map(leaf, x)
 
 
+def divide(x: PyTree, a: jax.Array) -> PyTree:
+    """``x / a`` for a real scalar ``a``, in the dtypes of ``x``.
+
+    Complex leaves part by part: a complex quotient would square ``a``.
+    """
+
+    def leaf(u: jax.Array) -> jax.Array:
+        if jnp.iscomplexobj(u):
+            return lax.complex(leaf(u.real), leaf(u.imag))
+        return u / a.astype(u.dtype)
+
+    return jax.tree.map(leaf, x)
+
+
 def axpy(a: jax.Array | float, x: PyTree, y: PyTree) -> PyTree:
     """``a * x + y`` for a real scalar ``a``, in the dtypes of ``y``."""
 
@@ -107,11 +121,10 @@ def to_unit(x: PyTree) -> tuple[PyTree, jax.Array]:
     """
     largest = max_abs(x)
     safe = jnp.where(largest == 0, 1, largest).astype(largest.dtype)
-    x = jax.tree.map(lambda u: u / safe.astype(u.real.dtype), x)
+    x = divide(x, safe)
     length = norm(x)
     safe_length = jnp.where(length == 0, 1, length).astype(length.dtype)
-    x = jax.tree.map(lambda u: u / safe_length.astype(u.real.dtype), x)
-    return x, largest * length
+    return divide(x, safe_length), largest * length
 
 
 def adjoint(linear: Callable[[PyTree], PyTree], like: PyTree) -> Callable:
@@ -132,7 +145,7 @@ def random_unit(key: jax.Array, like: PyTree) -> PyTree:
         jax.random.normal(k, x.shape, x.dtype)
         for k, x in zip(keys, leaves, strict=True)
     ]
-    return vary_like(to_unit(jax.tree.unflatten(treedef, draws))[0], like)
+    return typed_like(to_unit(jax.tree.unflatten(treedef, draws))[0], like)
 
 
 def varying_axes(avals: Iterable[Any]) -> frozenset:
@@ -162,3 +175,17 @@ def vary(x: PyTree, axes: frozenset) -> PyTree:
 def vary_like(x: PyTree, reference: PyTree) -> PyTree:
     """Marks ``x`` as varying over all axes that a leaf of ``reference`` varies over."""
     return vary(x, varying_axes(map(jax.typeof, jax.tree.leaves(reference))))
+
+
+def typed_like(x: PyTree, like: PyTree) -> PyTree:
+    """``x`` with the types of ``like``: varying axes, and sharding on explicit meshes.
+
+    For arrays made from nothing, such as random ones, that enter a loop's carry.
+    """
+
+    def leaf(u: jax.Array, v: jax.Array) -> jax.Array:
+        sharding = jax.typeof(v).sharding
+        same = jax.typeof(u).sharding.spec == sharding.spec
+        return u if same else jax.reshard(u, sharding)
+
+    return vary_like(jax.tree.map(leaf, x, like), like)

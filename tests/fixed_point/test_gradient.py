@@ -26,6 +26,7 @@ from tests.problems import (
 
 problems = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+rbp_vjp = jax.jit(rbpjax.rbp_vjp, static_argnames=("f", "rule"))
 
 
 @problems
@@ -87,7 +88,7 @@ def test_neumann_error_is_the_tail_of_the_series(problem):
     flat, unravel = jax.flatten_util.ravel_pytree(g)
     z = jnp.linalg.solve(jnp.eye(flat.size) - jac.T, flat)
     for steps in (0, 3, 10):
-        _, solution = rbpjax.rbp_vjp(
+        _, solution = rbp_vjp(
             problem.f, problem.params, problem.inputs, h, g, Neumann(steps)
         )
         tail = unravel(jnp.linalg.matrix_power(jac.T, steps + 1) @ z)
@@ -111,7 +112,7 @@ def test_gradient_where_no_iteration_converges(name):
 def test_divergence_is_reported(name):
     """With ρ(J) > 1 the series diverges, and its report says so."""
     h = fixed_point(EXPANSIVE)
-    _, solution = rbpjax.rbp_vjp(
+    _, solution = rbp_vjp(
         EXPANSIVE.f,
         EXPANSIVE.params,
         EXPANSIVE.inputs,
@@ -128,7 +129,7 @@ def test_divergence_stops_early():
     h = fixed_point(EXPANSIVE)
     args = (EXPANSIVE.f, EXPANSIVE.params, EXPANSIVE.inputs)
     rule = Neumann(tol=1e-12, max_steps=10**6)
-    _, solution = rbpjax.rbp_vjp(*args, h, jax.grad(readout)(h), rule)
+    _, solution = rbp_vjp(*args, h, jax.grad(readout)(h), rule)
     assert solution.num_steps < 100  # 1.5^k = 1/√ε at k = 44
     solve = rbpjax.rbp_solve(EXPANSIVE.f, forward=FixedPointIteration(max_steps=10**6))
     solution = solve(EXPANSIVE.params, EXPANSIVE.inputs, EXPANSIVE.h0)
@@ -142,7 +143,7 @@ def test_rbp_vjp_is_the_transforms_gradient(problem, rule):
     h = fixed_point(problem)
     g = jax.grad(readout)(h)
     args = (problem.f, problem.params, problem.inputs, h)
-    bars, solution = rbpjax.rbp_vjp(*args, g, rule)
+    bars, solution = rbp_vjp(*args, g, rule)
     assert_close(bars, dense_gradient(problem), CONVERGED_RTOL)
     assert solution.converged
     residual = rbpjax.adjoint_residual(*args, g, solution.value)
@@ -160,9 +161,8 @@ def test_rbp_jvp_is_dual_to_rbp_vjp(problem, rule):
         lambda x: jax.random.normal(jax.random.key(x.size), x.shape),
         (problem.params, problem.inputs),
     )
-    h_dot = rbpjax.rbp_jvp(
-        problem.f, problem.params, problem.inputs, h, tangents, rule
-    ).value
+    rbp_jvp = jax.jit(rbpjax.rbp_jvp, static_argnames=("f", "rule"))
+    h_dot = rbp_jvp(problem.f, problem.params, problem.inputs, h, tangents, rule).value
     dot = lambda a, b: jnp.dot(*(jax.flatten_util.ravel_pytree(t)[0] for t in (a, b)))
     want = dot(dense_gradient(problem, h), tangents)
     assert jnp.abs(want) > 1e-2
@@ -200,8 +200,11 @@ def test_gradient_scales_with_the_loss_in_float32(name, scale):
         "neumann_steps": Neumann(400),
         "rbp": RBP(),
         "rbp_uniform": RBP(seed=7),
-        "rbp_damped": RBP(FixedPointIteration(damping=0.3)),
+        "anderson": RBP(rbpjax.Anderson()),
         "cg_normal": CGNormal(),
+        "bicgstab": rbpjax.BiCGSTAB(),
+        "gmres": rbpjax.GMRES(),
+        "adaptive": rbpjax.Adaptive(),
     }[name]
     solve = rbpjax.rbp_solve(problem.f, backward=rule)
     scale = jnp.float32(scale)
@@ -223,9 +226,7 @@ def test_ridge_has_the_bias_that_the_formula_says():
     a = jnp.eye(3) - problem.params.T
     for ridge in (0.0, 1e-5, 1e-2):
         rule = CGNormal(tol=1e-13, ridge=ridge)
-        _, solution = rbpjax.rbp_vjp(
-            problem.f, problem.params, problem.inputs, h, g, rule
-        )
+        _, solution = rbp_vjp(problem.f, problem.params, problem.inputs, h, g, rule)
         want = jnp.linalg.solve(a.T @ a + ridge * jnp.eye(3), a.T @ g)
         assert_close(solution.value, want, 1e-11)
         assert solution.converged
@@ -239,12 +240,12 @@ def test_cg_needs_no_more_steps_than_distinct_singular_values():
     f = lambda p, x, h: p * x
     one = jnp.ones(4)
     g = jnp.arange(1.0, 5.0)
-    _, solution = rbpjax.rbp_vjp(f, one, one, one, g, CGNormal(tol=1e-13))
+    _, solution = rbp_vjp(f, one, one, one, g, CGNormal(tol=1e-13))
     assert solution.num_steps == 1 and solution.converged
     chex.assert_trees_all_close(solution.value, g, rtol=1e-15)
     # I - J = diag(2, 2, 5, 5): two steps.
     f = lambda p, x, h: jnp.array([-1.0, -1.0, -4.0, -4.0]) * h + p * x
-    _, solution = rbpjax.rbp_vjp(f, one, one, one, g, CGNormal(tol=1e-13))
+    _, solution = rbp_vjp(f, one, one, one, g, CGNormal(tol=1e-13))
     assert solution.num_steps == 2 and solution.converged
     chex.assert_trees_all_close(
         solution.value, g / jnp.array([2.0, 2.0, 5.0, 5.0]), rtol=1e-14
@@ -255,7 +256,7 @@ def test_singular_problem_is_reported():
     """With I - J singular there is no adjoint, and CG says not converged, finitely."""
     f = lambda p, x, h: jnp.array([1.0, 0.5]) * h + p * x
     one = jnp.ones(2)
-    _, solution = rbpjax.rbp_vjp(f, one, one, one, jnp.array([1.0, 1.0]), CGNormal())
+    _, solution = rbp_vjp(f, one, one, one, jnp.array([1.0, 1.0]), CGNormal())
     assert not solution.converged
     assert jnp.isfinite(solution.value).all()
     assert jnp.abs(solution.residual - 0.5**0.5) < 1e-12  # the part along the kernel
@@ -290,7 +291,7 @@ def test_uniform_start_is_the_papers():
         def solve(k, g=g):
             rule = RBP(FixedPointIteration(steps=k), seed=11)
             args = (problem.f, problem.params, problem.inputs, h, g, rule)
-            return rbpjax.rbp_vjp(*args)[1].value
+            return rbp_vjp(*args)[1].value
 
         start = solve(0)
         assert (start >= 0).all() and (start < 1).all()
@@ -318,7 +319,7 @@ def test_report_is_that_of_the_adjoint_solve():
     assert_close(grads, dense_gradient(problem), 1e-7)
     assert_close(value, readout(h), IDENTITY_RTOL)
     assert aux > 3
-    _, solution = rbpjax.rbp_vjp(problem.f, problem.params, problem.inputs, h, g, rule)
+    _, solution = rbp_vjp(problem.f, problem.params, problem.inputs, h, g, rule)
     assert int(report.num_steps) == int(solution.num_steps) > 3
     assert report.converged == 1
     assert 0 < report.residual <= 1e-9

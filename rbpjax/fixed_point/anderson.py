@@ -1,0 +1,151 @@
+"""Anderson acceleration: extrapolates a fixed point from the last few steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from rbpjax.fixed_point import tree
+from rbpjax.fixed_point.forward import relative_change
+from rbpjax.types import PyTree, Solution, check_count, check_real, strategy
+
+
+@strategy
+class Anderson:
+    """Anderson acceleration (type II) of h ← f(h), as forward solver or through RBP.
+
+    Of the last ``memory`` differences of iterates ΔH and of residuals ΔR it takes the
+    combination γ that explains the present residual r = f(h) - h best, and steps to
+
+        h + βr - (ΔH + βΔR)γ,   γ = argmin ‖r - ΔRγ‖² + ridge · Σ ‖Δrᵢ‖² γᵢ²,
+
+    with β = 1 - damping. On linear maps it is GMRES in other clothes; it often
+    converges where plain iteration does not. No guarantee: the best iterate is
+    returned, and divergence stops the loop, as in ``FixedPointIteration``.
+
+    The small system is solved for columns brought to unit length, with the ridge on its
+    diagonal: it is never singular, whether differences vanish or are parallel (the
+    crash most often reported of other implementations).
+
+    Cost: one evaluation of f a step and 4 · memory · n multiplications; one row of the
+    Gram matrix is new in a step. Memory: 2 · memory + 5 states. The coefficients are
+    common to the whole state; under ``jax.vmap`` each example has its own.
+
+    Attributes:
+      memory: number of differences kept.
+      max_steps: budget of steps.
+      tol: bound on the relative residual, as in ``FixedPointIteration``.
+      damping: 1 - β, in [0, 1).
+      ridge: relative to the diagonal of the unit-length Gram matrix. ``None``: ten
+        times the machine epsilon of the computation.
+
+    Raises:
+      ValueError: if a field is out of its range or not a Python number.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> solution = Anderson()(lambda h: -1.5 * jnp.sin(h) + 1, jnp.ones(2))
+      >>> bool(solution.converged)  # the plain iteration diverges
+      True
+
+    References:
+      Walker and Ni, "Anderson Acceleration for Fixed-Point Iterations", SIAM J. Numer.
+      Anal. 49, 2011, equation 2.2 (unconstrained form).
+    """
+
+    memory: int = 5
+    max_steps: int = 500
+    tol: float | None = None
+    damping: float = 0.0
+    ridge: float | None = None
+
+    def __post_init__(self) -> None:
+        """Validates the fields."""
+        check_count(self, "memory", self.memory, 1)
+        check_count(self, "max_steps", self.max_steps, 1)
+        check_real(self, "damping", self.damping, below=1.0)
+        for name in ("tol", "ridge"):
+            if getattr(self, name) is not None:
+                check_real(self, name, getattr(self, name))
+
+    def __call__(self, step: Callable[[PyTree], PyTree], h0: PyTree) -> Solution:
+        """Solves h = step(h) from ``h0``."""
+        tol = tree.default_tol(h0) if self.tol is None else self.tol
+        dtype = tree.real_dtype(h0)
+        eps = float(jnp.finfo(dtype).eps)
+        ridge = 10 * eps if self.ridge is None else self.ridge
+        beta, m = 1.0 - self.damping, self.memory
+
+        def unfinished(carry: tuple) -> jax.Array:
+            _, _, _, _, _, _, k, _, best, residual = carry
+            sane = (residual <= best * eps**-0.5) | (k == 0)  # False for NaN
+            return (best > tol) & (k <= self.max_steps) & sane
+
+        def body(carry: tuple) -> tuple:
+            h, last, rows, gram, h_best, r_old, k, k_best, best, _ = carry
+            image = step(h)
+            residual = relative_change(image, h)
+            r = tree.sub(image, h)
+            # The newest differences replace the oldest; in the first step there is
+            # none, and a row of zeros stands for it.
+            first = k == 0
+            at = k % m
+            newest = (tree.sub(h, last), tree.sub(r, r_old))
+            newest = tree.where(first, tree.scale(0.0, newest), newest)
+            rows = jax.tree.map(lambda b, u: b.at[at].set(u), rows, newest)
+            products = jax.vmap(lambda row: tree.vdot(row, newest[1]))(rows[1])
+            gram = gram.at[at].set(products).at[:, at].set(products)
+            target = jax.vmap(lambda row: tree.vdot(row, r))(rows[1])
+            gamma = _regularized_solve(gram, target, ridge)
+            correction = jax.tree.map(
+                lambda dh, dr: jnp.tensordot(
+                    gamma.astype(dh.dtype), dh + jnp.asarray(beta, dh.dtype) * dr, 1
+                ),
+                *rows,
+            )
+            h_next = tree.sub(tree.axpy(beta, r, h), correction)
+            better = residual < best
+            return (
+                h_next,
+                h,
+                rows,
+                gram,
+                tree.where(better, h, h_best),
+                r,
+                k + 1,
+                jnp.where(better, k, k_best),
+                jnp.where(better, residual, best),
+                residual,
+            )
+
+        history = jax.tree.map(lambda u: jnp.zeros_like(u, shape=(m, *u.shape)), h0)
+        k = tree.vary_like(jnp.int32(0), h0)
+        infinity = tree.vary_like(jnp.array(jnp.inf, dtype), h0)
+        gram = tree.vary_like(jnp.zeros((m, m), dtype), h0)
+        rows = tree.vary_like((history, history), h0)
+        zero = tree.scale(0.0, h0)
+        carry = (h0, h0, rows, gram, h0, zero, k, k, infinity, infinity)
+        carry = lax.while_loop(unfinished, body, carry)
+        value, steps, residual = carry[4], carry[7], carry[8]
+        return Solution(value, steps, residual, residual <= tol)
+
+
+def _regularized_solve(gram: jax.Array, target: jax.Array, ridge: float) -> jax.Array:
+    """γ of (G + ridge · diag G) γ = t, by elimination on the unit-diagonal matrix.
+
+    Positive definite, so that no pivoting is needed; m is small and static, so that the
+    loop unrolls into a few fused operations instead of a library call in each step.
+    """
+    diagonal = jnp.diag(gram)
+    used = diagonal > 0
+    inverse_length = jnp.where(used, jnp.where(used, diagonal, 1) ** -0.5, 0)
+    matrix = gram * inverse_length[:, None] * inverse_length[None, :]
+    matrix = jnp.where(jnp.eye(len(gram), dtype=bool), 1 + ridge, matrix)
+    system = jnp.concatenate([matrix, (target * inverse_length)[:, None]], axis=1)
+    for i in range(len(gram)):
+        row = system[i] / system[i, i]
+        system = (system - system[:, i, None] * row[None, :]).at[i].set(row)
+    return system[:, -1] * inverse_length
