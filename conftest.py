@@ -1,5 +1,14 @@
 """Strict numerics for every test and doctest: float64, explicit ranks and dtypes."""
 
+import os
+
+# Most of the suite's time is compilation: let the compiler hurry. It decides neither
+# what is computed nor how much memory the program asks for.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
+
 import jax
 import pytest
 

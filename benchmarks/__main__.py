@@ -6,13 +6,15 @@ import sys
 
 import tyro
 
-from benchmarks import families, hopfield, readme
+from benchmarks import families, hopfield, online, readme, unitary
 from benchmarks.harness import UsageError
 
 # An experiment is one dataclass: its fields are the options, its ``run`` does the work.
 COMMANDS = {
     "families": families.Families,
     "hopfield": hopfield.Hopfield,
+    "online": online.Online,
+    "unitary": unitary.Unitary,
     "readme": readme.Readme,
 }
 

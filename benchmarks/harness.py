@@ -170,7 +170,9 @@ class Checkpoint:
 
     def restore(self, name: str, like: Any) -> tuple[int, Any]:
         """``(step, state)``: the last saved under ``name``, or ``(0, like)``."""
-        steps = [int(path.name) for path in (self.folder / name).glob("[0-9]*")]
+        # Only whole ones: an interrupted save leaves 3.orbax-checkpoint-tmp.
+        names = [path.name for path in (self.folder / name).glob("[0-9]*")]
+        steps = [int(step) for step in names if step.isdigit()]
         if not steps:
             return 0, like
         path = self.folder / name / str(max(steps))
@@ -190,7 +192,7 @@ class Checkpoint:
         checkpointer.save(self.folder / name / str(step), state, force=True)
         checkpointer.wait_until_finished()
         for path in (self.folder / name).glob("[0-9]*"):
-            if int(path.name) < step:
+            if not path.name.isdigit() or int(path.name) < step:
                 shutil.rmtree(path)
 
     def clear(self) -> None:

@@ -129,7 +129,7 @@ RULES = {
     "anderson": RBP(Anderson(tol=1e-13)),
     "cg_normal": CGNormal(tol=1e-12),
     "bicgstab": BiCGSTAB(tol=1e-12),
-    "gmres": GMRES(tol=1e-12),
+    "gmres": GMRES(tol=1e-12, restart=12),
     "adaptive": Adaptive(tol=1e-12),
     "callable": scipy_gmres,
 }

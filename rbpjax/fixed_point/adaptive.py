@@ -56,7 +56,7 @@ class Adaptive:
 
     References:
       Liao et al. 2018, algorithm 2 and section 3.1; van der Vorst 1992. The hand-over
-      is ours; `benchmarks/results/families.json` has the measurements behind it.
+      is ours; ``python -m benchmarks families`` measures what it rests on.
     """
 
     tol: float | None = None

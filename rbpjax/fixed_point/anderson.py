@@ -52,8 +52,8 @@ class Anderson:
       True
 
     References:
-      Walker and Ni, "Anderson Acceleration for Fixed-Point Iterations", SIAM J. Numer.
-      Anal. 49, 2011, equation 2.2 (unconstrained form).
+      Walker and Ni, "Anderson Acceleration for Fixed-Point Iterations", SIAM Journal
+      on Numerical Analysis 49, 2011, equation 2.2 (unconstrained form).
     """
 
     memory: int = 5

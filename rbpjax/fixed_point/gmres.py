@@ -116,8 +116,13 @@ class GMRES:
             carry = (basis, upper, zeros(m) + 1, zeros(m), rhs, j)
             basis, upper, _, _, rhs, j = lax.while_loop(unfinished, body, carry)
             y = jnp.where(jnp.arange(m, dtype=j.dtype) < j, rhs[:m], 0)
-            for i in reversed(range(m)):  # back substitution
-                y = y.at[i].set((y[i] - upper[i, i + 1 :] @ y[i + 1 :]) / upper[i, i])
+
+            def substitute(i: jax.Array, y: jax.Array) -> jax.Array:
+                i = m - 1 - i  # upwards; what lies left of the diagonal is zero
+                others = upper[i] @ y - upper[i, i] * y[i]
+                return y.at[i].set((y[i] - others) / upper[i, i])
+
+            y = lax.fori_loop(0, m, substitute, y)
             return tree.add(z, _combine(basis, y)), k + j
 
         def measure(z: PyTree) -> tuple[PyTree, jax.Array]:

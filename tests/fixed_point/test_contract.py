@@ -23,6 +23,7 @@ STRATEGIES = {
     "forward": FixedPointIteration(),
     "forward_steps": FixedPointIteration(steps=3),
     "forward_all": FixedPointIteration(max_steps=7, tol=1e-3, damping=0.25),
+    "anderson": rbpjax.Anderson(),
     "cg_ridge": CGNormal(ridge=1e-5),
     "rbp_nested": RBP(FixedPointIteration(steps=2), seed=3),
 }

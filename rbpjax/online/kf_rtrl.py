@@ -1,0 +1,125 @@
+"""KF-RTRL: a random Kronecker factorization of the influence."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rbpjax.online.cell import PreactivationCell, check_cell, unit_jacobians
+from rbpjax.online.estimator import (
+    Carry,
+    Estimator,
+    LossFn,
+    OnlineOutput,
+    merge,
+    observe,
+)
+from rbpjax.online.rank_one import balance
+
+
+class Kronecker(NamedTuple):
+    """The influence A ⊗ u on the cell's matrix W.
+
+    Attributes:
+      u: ``[k]``, in the space of the features ĥ.
+      a: ``[S, n, a, n]``, in the space of ∂h/∂z: state leaf and unit, gate and unit.
+    """
+
+    u: jax.Array
+    a: jax.Array
+
+
+def kf_rtrl(cell: PreactivationCell, loss: LossFn) -> Estimator:
+    """Streams gradients with a Kronecker product as estimate of the influence.
+
+    For h' = activate(W ĥ, h), the immediate influence on W is a Kronecker product,
+    F = D ⊗ ĥ with D = ∂h'/∂z. With E A ⊗ u = G, two signs a step merge the products:
+
+        u ← ε₁ p₁ u + ε₂ p₂ ĥ,            p₁ = √(‖J A‖ / ‖u‖),
+        A ← ε₁ J A / p₁ + ε₂ D / p₂,      p₂ = √(‖D‖ / ‖ĥ‖).
+
+    The gradient is ∂loss/∂θ + δD ⊗ ĥ + δJA ⊗ u, whose first two terms are exact.
+
+    Unbiased at fixed parameters, at every step. There is no noise between units,
+    only between times, so the variance is far below ``uoro``'s, for more computation.
+
+    Cost: O(n) JVPs, time O(n³), memory O(n²), whatever the length of the run. Works
+    under ``jit``, ``vmap`` and ``scan``.
+
+    Args:
+      cell: step function as a ``PreactivationCell``. Only ``cell.kernel`` sees
+        the parameters, so no influence is lost.
+      loss: ``loss(params, h, y) -> scalar`` at the new state.
+
+    Returns:
+      An ``Estimator``. Its influence is ``Kronecker(u, a)``; its noise two signs.
+
+    Raises:
+      ValueError: ``cell`` is no ``PreactivationCell``.
+
+    Example:
+      >>> cell = PreactivationCell(
+      ...     kernel=lambda W: W[None],
+      ...     features=lambda x, h: jnp.concatenate([h, x]),
+      ...     activate=lambda z, h: jnp.tanh(z[0]),
+      ... )
+      >>> est = kf_rtrl(cell, loss=lambda W, h, y: jnp.sum((h - y) ** 2))
+      >>> W, x, y = jnp.full((2, 3), 0.5), jnp.ones(1), jnp.zeros(2)
+      >>> carry = est.init(W, jnp.zeros(2))
+      >>> carry, out = est.step(W, carry, x, y, est.noise(jax.random.key(0), carry))
+      >>> out.grads.shape, carry.influence.a.shape
+      ((2, 3), (1, 2, 1, 2))
+
+    References:
+      Mujika, Meier, Steger, "Approximating Real-Time Recurrent Learning with Random
+      Kronecker Factors", https://arxiv.org/abs/1805.10842; recursion as in the public
+      code omarschall/vanilla-rtrl.
+    """
+    check_cell(cell)
+
+    def init(params, h0):
+        h0 = jax.tree.map(jnp.asarray, h0)
+        gates, units, size = jnp.shape(cell.kernel(params))
+        leaves = len(jax.tree.leaves(h0))
+        dtype = jnp.result_type(cell.kernel(params))
+        u = jnp.zeros(size, dtype)
+        return Carry(h0, Kronecker(u, jnp.zeros((leaves, units, gates, units), dtype)))
+
+    def noise(key, carry):
+        return jax.random.rademacher(key, (2,), carry.influence.u.dtype)
+
+    def step(params, carry, x, y, noise):
+        u, a = carry.influence
+        here = observe(cell, loss, params, carry.h, x, y)
+        inside = unit_jacobians(cell, params, x, carry.h)
+        treedef = jax.tree.structure(carry.h)
+
+        def push(column):  # one column of J A
+            tangent = treedef.unflatten(list(column))
+            _, out = jax.jvp(lambda s: cell(params, x, s), (carry.h,), (tangent,))
+            return jnp.stack(jax.tree.leaves(out))
+
+        ja = jax.vmap(jax.vmap(push, -1, -1), -1, -1)(a)
+        units = jnp.arange(a.shape[1])
+        by_unit = jnp.swapaxes(inside.gates, 0, 1)
+        d = jnp.zeros_like(a).at[:, units, :, units].set(by_unit)
+
+        delta = jnp.stack(jax.tree.leaves(here.delta))
+        kernel_grad = jnp.einsum("si,siaj,k->ajk", delta, ja, u) + jnp.einsum(
+            "si,sia,k->aik", delta, inside.gates, inside.features
+        )
+        _, to_params = jax.vjp(lambda p: cell.kernel(merge(p, params)), here.params)
+        grads = optax.tree.add(here.direct, to_params(kernel_grad)[0])
+
+        p1 = balance(jnp.linalg.norm(u), jnp.linalg.norm(ja))
+        p2 = balance(jnp.linalg.norm(inside.features), jnp.linalg.norm(inside.gates))
+        influence = Kronecker(
+            noise[0] * p1 * u + noise[1] * p2 * inside.features,
+            noise[0] / p1 * ja + noise[1] / p2 * d,
+        )
+        return Carry(here.h_next, influence), OnlineOutput(here.loss, grads)
+
+    return Estimator(init, noise, step)

@@ -1,0 +1,198 @@
+"""The quasi-diagonal metric: natural gradients at the price of diagonal ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rbpjax.types import PyTree
+
+Rows = Callable[[PyTree], PyTree]
+"""Arranges a parameter tree as matrices ``[n, 1 + k]``, one row a unit, bias first.
+
+It must be linear and use every number exactly once: a rearrangement.
+"""
+
+
+class QuasiDiagonal(NamedTuple):
+    """What is kept of a unit's metric M: its diagonal, and its bias row.
+
+    Attributes:
+      bias: M₀₀, ``[n]``.
+      cross: M₀ₖ, ``[n, k]``.
+      weights: Mₖₖ, ``[n, k]``.
+    """
+
+    bias: jax.Array
+    cross: jax.Array
+    weights: jax.Array
+
+
+def outer(rows: jax.Array) -> QuasiDiagonal:
+    """The kept part of g gᵀ for each row g."""
+    bias, weights = rows[:, 0], rows[:, 1:]
+    return QuasiDiagonal(bias**2, bias[:, None] * weights, weights**2)
+
+
+def solve(metric: QuasiDiagonal, rows: jax.Array, damping: float) -> jax.Array:
+    """Solves (M + damping) d = g for each row g, as far as M is kept.
+
+    Exact for a bias and one weight, M⁻¹g without a weight; else the Cholesky-like
+    inverse of the kept part, which is positive definite, so that d is always a
+    descent direction.
+    """
+    bias = metric.bias + damping
+    ratio = metric.cross / bias[:, None]
+    # The Schur complement is ≥ damping for any average of outer products; the
+    # maximum only guards its rounding.
+    schur = metric.weights + damping - ratio * metric.cross
+    schur = jnp.maximum(schur, damping)
+    weights = (rows[:, 1:] - ratio * rows[:, :1]) / schur
+    first = rows[:, 0] / bias - jnp.sum(ratio * weights, axis=1)
+    return jnp.concatenate([first[:, None], weights], axis=1)
+
+
+class QuasiDiagonalState(NamedTuple):
+    """State of ``scale_by_quasi_diagonal``.
+
+    Attributes:
+      count: updates seen, an int32 scalar.
+      metric: a ``QuasiDiagonal`` for each matrix of ``rows``.
+    """
+
+    count: jax.Array
+    metric: PyTree
+
+
+def scale_by_quasi_diagonal(
+    decay: float,
+    rows: Rows | None = None,
+    *,
+    damping: float = 1e-4,
+    include_current: bool = True,
+) -> optax.GradientTransformation:
+    """Multiplies gradients by the inverse of a quasi-diagonal metric.
+
+    The metric is a running average of outer products of gradients, of which each unit
+    keeps the diagonal and the row of its bias,
+
+        M ← (1 - γₜ) M + γₜ g gᵀ,    γₜ = max(γ, 1 / (t+1)).
+
+    Used as online natural gradient θ ← θ - γₜ M⁻¹ g, this is an extended Kalman
+    filter for a constant parameter with forgetting γ, in which the step size *is* the
+    decay of the metric; chain with a learning rate for that (see the example).
+
+    Deterministic. Cost: O(P) time, 2 P memory. Works under ``jit``, ``vmap``, ``scan``.
+
+    Args:
+      decay: γ in (0, 1], the share of the newest gradient.
+      rows: arranges the parameters as matrices ``[n, 1 + k]`` (or a pytree of them),
+        a row a unit, its bias first. Without it every number stands alone, and the
+        metric is diagonal.
+      damping: added to the diagonal; in units of squared gradients.
+      include_current: whether M contains the gradient it is applied to. With it, steps
+        are bounded; without, the direction is M⁻¹ of the past times g, so that its
+        conditional mean is M⁻¹ times the mean of g.
+
+    Returns:
+      An ``optax.GradientTransformation``.
+
+    Raises:
+      ValueError: ``decay`` or ``damping`` out of range, or ``rows`` does not use every
+        number once.
+
+    Example:
+      >>> params = {"W": jnp.ones((2, 3)), "b": jnp.ones(2)}
+      >>> rows = lambda p: jnp.concatenate([p["b"][:, None], p["W"]], axis=1)
+      >>> kalman = optax.chain(
+      ...     scale_by_quasi_diagonal(0.01, rows),
+      ...     optax.scale_by_learning_rate(lambda t: jnp.maximum(0.01, 1 / (t + 1))),
+      ... )
+      >>> updates, _ = kalman.update(params, kalman.init(params))
+      >>> updates["W"].shape
+      (2, 3)
+
+    References:
+      Ollivier, "Online Natural Gradient as a Kalman Filter",
+      https://arxiv.org/abs/1703.00209. The quasi-diagonal inverse as in the public
+      code clementfarabet/lua---nnx, ``QDRiemaNNLinear.lua``.
+    """
+    check_filter(decay, damping)
+
+    def init(params):
+        return empty(rows, params)
+
+    def update(updates, state, params=None):
+        del params
+        learnt = learn(decay, rows, state, updates)
+        used = learnt if include_current else state
+        return apply_inverse(rows, used.metric, updates, damping), learnt
+
+    return optax.GradientTransformation(init, update)
+
+
+def check_filter(decay: object, damping: object) -> None:
+    """Raises ValueError unless both are Python numbers in their ranges."""
+    for name, value, most in (("decay", decay, 1.0), ("damping", damping, jnp.inf)):
+        if not isinstance(value, (int, float)) or not 0 < value <= most:
+            raise ValueError(
+                f"`{name}` must be a Python number in (0, {most}]; got {value!r}."
+            )
+
+
+def empty(rows: Rows | None, params: PyTree) -> QuasiDiagonalState:
+    """A metric that has seen nothing."""
+    metric = jax.tree.map(lambda m: outer(jnp.zeros_like(m)), _arrange(rows, params))
+    return QuasiDiagonalState(jnp.zeros((), jnp.int32), metric)
+
+
+def newest_share(decay: float, count: jax.Array) -> jax.Array:
+    """γₜ = max(γ, 1 / (t+1)): a plain mean at first, then forgetting."""
+    return jnp.maximum(decay, 1 / (count.astype(float) + 1))
+
+
+def learn(
+    decay: float, rows: Rows | None, state: QuasiDiagonalState, tree: PyTree
+) -> QuasiDiagonalState:
+    """Mixes the outer products of the gradient ``tree`` into the metric."""
+    gamma = newest_share(decay, state.count)
+
+    def mix(g, metric):
+        return jax.tree.map(
+            lambda old, new: old + gamma.astype(old.dtype) * (new - old),
+            metric,
+            outer(g),
+        )
+
+    metric = jax.tree.map(mix, _arrange(rows, tree), state.metric)
+    return QuasiDiagonalState(state.count + 1, metric)
+
+
+def apply_inverse(
+    rows: Rows | None, metric: PyTree, tree: PyTree, damping: float
+) -> PyTree:
+    """(M + damping)⁻¹ times ``tree``."""
+    matrices, back = jax.vjp(lambda t: _arrange(rows, t), tree)
+    solved = jax.tree.map(lambda g, m: solve(m, g, damping), matrices, metric)
+    # A rearrangement is orthogonal: its transpose is its inverse.
+    (result,) = back(solved)
+    return result
+
+
+def _arrange(rows: Rows | None, tree: PyTree) -> PyTree:
+    if rows is None:
+        return jax.tree.map(lambda leaf: jnp.reshape(leaf, (-1, 1)), tree)
+    matrices = rows(tree)
+    have, want = optax.tree.size(matrices), optax.tree.size(tree)
+    ranks = {jnp.ndim(m) for m in jax.tree.leaves(matrices)}
+    if have != want or ranks != {2}:
+        raise ValueError(
+            "`rows(params)` must arrange every parameter once, in matrices [n, 1 + k]; "
+            f"got {have} numbers of {want}, in arrays of {sorted(ranks)} axes. Give "
+            "parameters without a unit, such as a scalar, a row of their own."
+        )
+    return matrices

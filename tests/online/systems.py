@@ -1,0 +1,179 @@
+"""Recurrent systems for the tests: no symmetric map, readout and cell share params."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rbpjax import online
+
+
+class System(NamedTuple):
+    f: Callable
+    loss: Callable
+    params: dict
+    h0: object
+    xs: jax.Array
+    ys: jax.Array
+
+
+def _normal(rng, *shape, scale=1.0):
+    return jnp.asarray(scale * rng.standard_normal(shape))
+
+
+def _loss(params, h, y):
+    out = jax.tree.leaves(h)[-1]
+    error = params["C"] @ out - y
+    # The second term couples the loss to the cell's own parameters, so that an
+    # estimator that forgets the direct gradient fails.
+    return jnp.sum(error**2) + 0.1 * jnp.sum(jnp.sin(params["W"])) * jnp.sum(out)
+
+
+def _system(f, params, h0, steps, rng):
+    xs, ys = _normal(rng, steps, 2), _normal(rng, steps, 2)
+    return System(f, _loss, params, h0, xs, ys)
+
+
+def vanilla(n=3, steps=12, seed=0):
+    rng = np.random.default_rng(seed)
+    params = {
+        "W": _normal(rng, n, n, scale=1.2 / n**0.5),
+        "U": _normal(rng, n, 2),
+        "b": _normal(rng, n),
+        "C": _normal(rng, 2, n),
+    }
+    cell = online.PreactivationCell(
+        kernel=lambda p: jnp.concatenate([p["W"], p["U"], p["b"][:, None]], 1)[None],
+        features=lambda x, h: jnp.concatenate([h, x, jnp.ones(1, h.dtype)]),
+        activate=lambda z, h: jnp.tanh(z[0]),
+    )
+    return _system(cell, params, 0.3 * _normal(rng, n), steps, rng)
+
+
+def leaky(n=3, steps=12, seed=1, recurrent=1.0):
+    """Leaky units; ``recurrent`` scales their connections."""
+    system = vanilla(n, steps, seed)
+    cell = online.PreactivationCell(
+        kernel=lambda p: jnp.concatenate(
+            [recurrent * p["W"], p["U"], p["b"][:, None]], 1
+        )[None],
+        features=system.f.features,
+        activate=lambda z, h: 0.7 * h + 0.3 * jnp.tanh(z[0]),
+    )
+    return system._replace(f=cell)
+
+
+def lstm(n=2, steps=12, seed=2):
+    rng = np.random.default_rng(seed)
+    params = {
+        "W": _normal(rng, 4, n, n),
+        "U": _normal(rng, 4, n, 2),
+        "b": _normal(rng, 4, n),
+        "C": _normal(rng, 2, n),
+    }
+
+    def activate(z, h):
+        write = jax.nn.sigmoid(z[0]) * jnp.tanh(z[1])
+        c = jax.nn.sigmoid(z[2]) * h["c"] + write
+        return {"c": c, "h": jax.nn.sigmoid(z[3]) * jnp.tanh(c)}
+
+    cell = online.PreactivationCell(
+        kernel=lambda p: jnp.concatenate([p["W"], p["U"], p["b"][:, :, None]], 2),
+        features=lambda x, h: jnp.concatenate([h["h"], x, jnp.ones(1, x.dtype)]),
+        activate=activate,
+    )
+    h0 = {"c": 0.3 * _normal(rng, n), "h": 0.3 * _normal(rng, n)}
+    return _system(cell, params, h0, steps, rng)
+
+
+def gru(n=3, steps=12, seed=3):
+    """Reset before the product: one parameter reaches many units, no kernel form."""
+    rng = np.random.default_rng(seed)
+    params = {
+        "W": _normal(rng, 3, n, n),
+        "U": _normal(rng, 3, n, 2),
+        "b": _normal(rng, 3, n),
+        "C": _normal(rng, 2, n),
+    }
+
+    def f(p, x, h):
+        drive = p["U"] @ x + p["b"]
+        reset = jax.nn.sigmoid(p["W"][0] @ h + drive[0])
+        update = jax.nn.sigmoid(p["W"][1] @ h + drive[1])
+        new = jnp.tanh(p["W"][2] @ (reset * h) + drive[2])
+        return update * h + (1 - update) * new
+
+    return _system(f, params, 0.3 * _normal(rng, n), steps, rng)
+
+
+def gru_after(n=2, steps=12, seed=4):
+    """Reset after the product: four gates, two of them with empty blocks."""
+    system = gru(n, steps, seed)
+
+    def kernel(p):
+        whole = jnp.concatenate([p["W"], p["U"], p["b"][:, :, None]], 2)
+        inside = jnp.zeros_like(whole[2]).at[:, :n].set(p["W"][2])
+        outside = whole[2].at[:, :n].set(0.0)
+        return jnp.stack([whole[0], whole[1], inside, outside])
+
+    def activate(z, h):
+        new = jnp.tanh(jax.nn.sigmoid(z[0]) * z[2] + z[3])
+        update = jax.nn.sigmoid(z[1])
+        return update * h + (1 - update) * new
+
+    cell = online.PreactivationCell(
+        kernel=kernel,
+        features=lambda x, h: jnp.concatenate([h, x, jnp.ones(1, h.dtype)]),
+        activate=activate,
+    )
+    return system._replace(f=cell)
+
+
+def run(est, system, noise=None, params=None):
+    """Carries (after each step) and outputs of a whole run at fixed parameters."""
+    params = system.params if params is None else params
+    carry = est.init(params, system.h0)
+    if noise is None:
+        keys = jax.random.split(jax.random.key(7), len(system.xs))
+        noise = jax.vmap(est.noise, (0, None))(keys, carry)
+
+    def body(carry, xyn):
+        carry, out = est.step(params, carry, *xyn)
+        return carry, (carry, out)
+
+    scan = jax.jit(lambda *start_and_data: jax.lax.scan(body, *start_and_data)[1])
+    return scan(carry, (system.xs, system.ys, noise))
+
+
+def enumerate_runs(est, system):
+    """``run`` over all sign patterns; every leaf gets a leading pattern axis."""
+    carry = est.init(system.params, system.h0)
+    noise = est.noise(jax.random.key(0), carry)
+    patterns = online.all_signs(noise, len(system.xs))
+    return jax.jit(jax.vmap(lambda signs: run(est, system, signs)))(patterns)
+
+
+def step_gradients(system):
+    """Gradient of each step's loss through the unrolled history: the oracle."""
+
+    def losses(params):
+        def body(h, xy):
+            h = system.f(params, xy[0], h)
+            return h, system.loss(params, h, xy[1])
+
+        return jax.lax.scan(body, system.h0, (system.xs, system.ys))[1]
+
+    return jax.jit(jax.jacrev(losses))(system.params)
+
+
+@jax.jit
+def mean(tree):
+    return jax.tree.map(lambda x: jnp.mean(x, 0), tree)
+
+
+@jax.jit
+def variance(tree):
+    """Sum over all numbers of the variance along the leading axis."""
+    return sum(jnp.sum(jnp.var(x, 0)) for x in jax.tree.leaves(tree))

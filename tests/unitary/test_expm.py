@@ -1,0 +1,137 @@
+"""The exponential of skew-Hermitian matrices and its derivatives."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.scipy.linalg import expm
+from jax.test_util import check_grads
+
+from rbpjax.unitary import expm_skew
+
+
+def skew(w):
+    w = jax.lax.complex(w[0], w[1])
+    return (w - jnp.conj(jnp.swapaxes(w, -1, -2))) / 2
+
+
+def weights(key):
+    """Five matrices: zero, a multiple of 1, a triple eigenvalue, two generic ones."""
+    w = jax.random.normal(key, (2, 5, 4, 4))
+    w = w.at[:, :2].set(0.0).at[1, 1].set(jnp.eye(4))
+    return w.at[0, 2].set(0.0).at[1, 2].set(jnp.diag(jnp.array([1.0, 1.0, 1.0, -2.0])))
+
+
+def series(s):
+    """Σ Sⁿ/n!, with no eigenvalues and no squaring; 50 terms reach 1e-16 at ‖S‖ = 9."""
+    one = jnp.broadcast_to(jnp.eye(s.shape[-1], dtype=s.dtype), s.shape)
+    n = jnp.arange(50, 0, -1).astype(s.dtype)
+    return jax.lax.scan(lambda u, n: (one + s @ u / n, None), one, n)[0]
+
+
+def loss(exponential, key):
+    c = jax.random.normal(key, (2, 5, 4, 4))
+
+    def value(w):
+        u = exponential(skew(w))
+        return jnp.sum(u.real * c[0] + u.imag * c[1] + u.real**3)
+
+    return value
+
+
+def test_equals_the_general_exponential_and_is_unitary(key):
+    """exp(S) agrees with Padé approximation; UᴴU = 1 also at large norm."""
+    s = skew(weights(key)).at[4].multiply(20.0)
+    u = expm_skew(s)
+    # The largest norm here is about 100, so the oracle squares 6 times.
+    chex.assert_trees_all_close(u, expm(s), rtol=0, atol=1e-12)
+    gram = jnp.conj(jnp.swapaxes(u, -1, -2)) @ u
+    chex.assert_trees_all_close(
+        gram,
+        jnp.broadcast_to(jnp.eye(4, dtype=complex), gram.shape),
+        rtol=0,
+        atol=1e-14,
+    )
+
+
+ORDERS = {
+    "reverse": lambda f, w, v: jax.grad(f)(w),
+    "forward": lambda f, w, v: jax.jvp(f, (w,), (v,))[1],
+    "reverse over reverse": lambda f, w, v: jax.grad(
+        lambda w: jnp.vdot(jax.grad(f)(w), v)
+    )(w),
+    "forward over reverse": lambda f, w, v: jax.jvp(jax.grad(f), (w,), (v,))[1],
+    "reverse over forward": lambda f, w, v: jax.grad(
+        lambda w: jax.jvp(f, (w,), (v,))[1]
+    )(w),
+    "third": lambda f, w, v: jax.jvp(
+        lambda w: jax.jvp(jax.grad(f), (w,), (v,))[1], (w,), (v,)
+    )[1],
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_derivatives_equal_those_of_the_power_series(key, order):
+    """Every mode and order is right, degenerate eigenvalues included."""
+    derivative = ORDERS[order]
+    w, v = weights(key), jax.random.normal(jax.random.key(2), (2, 5, 4, 4))
+    ours = jax.jit(lambda w: derivative(loss(expm_skew, key), w, v))(w)
+    theirs = jax.jit(lambda w: derivative(loss(series, key), w, v))(w)
+    # ‖S‖ ~ 4: the series cancels e⁴ and loses two digits.
+    scale = jnp.max(jnp.abs(theirs))
+    assert scale > 1.0
+    chex.assert_trees_all_close(ours / scale, theirs / scale, rtol=0, atol=1e-12)
+
+
+def test_derivative_against_finite_differences(key):
+    """The rule agrees with the function itself, to second order."""
+    w = weights(key)[:, :4, :3, :3]
+    f = jax.jit(lambda w: expm_skew(skew(w)).real)
+    check_grads(f, (w,), order=2, modes=("fwd", "rev"), rtol=1e-5, atol=1e-5)
+
+
+def test_linear_in_the_direction_with_the_right_transpose(key):
+    """⟨c, L(S, E)⟩ = ⟨L*(S, c), E⟩ for a direction that is not skew."""
+    s = skew(weights(key))
+    e, c = (
+        jax.lax.complex(*jax.random.normal(k, (2, *s.shape)))
+        for k in jax.random.split(key)
+    )
+    forward = lambda e: jax.jvp(expm_skew, (s,), (e,))[1]
+    back = jax.linear_transpose(forward, e)(c)[0]
+    # JAX transposes without conjugating, hence plain sums.
+    chex.assert_trees_all_close(jnp.sum(c * forward(e)), jnp.sum(back * e), rtol=1e-12)
+
+
+def test_vmap_is_the_loop_over_matrices(key):
+    """Batching, over either argument alone and both, changes nothing."""
+    s = skew(weights(key))
+    e = skew(jax.random.normal(key, (2, 5, 4, 4)))
+    l = lambda s, e: jax.jvp(expm_skew, (s,), (e,))[1]
+    loop = jnp.stack([l(s[i], e[i]) for i in range(5)])
+    chex.assert_trees_all_close(jax.vmap(l)(s, e), loop, rtol=0, atol=1e-14)
+    one = jax.vmap(l, (None, 1), 1)(s[3], jnp.swapaxes(e, 0, 1))
+    loop = jnp.stack([l(s[3], e[i]) for i in range(5)], 1)
+    chex.assert_trees_all_close(one, loop, rtol=0, atol=1e-14)
+    other = jax.vmap(l, (0, None))(s, e[3])
+    loop = jnp.stack([l(s[i], e[3]) for i in range(5)])
+    chex.assert_trees_all_close(other, loop, rtol=0, atol=1e-14)
+
+
+def test_second_derivative_fails_loudly_beyond_its_range():
+    """Where the squarings do not suffice the second derivative is NaN, not wrong."""
+    f = lambda a: expm_skew(skew(a * jnp.array([[[0.0, 1.0], [-1.0, 0.0]]] * 2)))[0, 1]
+    second = jax.jit(jax.grad(jax.grad(lambda a: f(a).real)))
+    # e^{aS} with S = (1 + i)/2·W - h.c. = [[0, 1 + i], ...]: an oscillation of a.
+    assert jnp.isnan(second(1e6))
+    chex.assert_tree_all_finite(second(1e3))
+
+
+def test_keeps_single_precision(key):
+    """complex64 in, complex64 out, with gradients of float32 accuracy."""
+    w = weights(key)[:, :4]
+    grad = jax.grad(lambda w: jnp.sum(expm_skew(skew(w)).real))
+    single = grad(w.astype(jnp.float32))
+    assert single.dtype == jnp.float32
+    # A few hundred roundings of 6e-8 relative to entries of order one.
+    chex.assert_trees_all_close(single.astype(float), grad(w), rtol=0, atol=2e-5)

@@ -1,0 +1,74 @@
+"""The nnx module against the functional cell."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+from rbpjax.nn import UnitaryRNN
+from rbpjax.unitary import Inverse, Replay, UnitaryCell
+
+CELL = UnitaryCell((8,), 2)
+
+
+def model_with(history, **kwargs):
+    options = {"radius": 1, "inputs": 3, "outputs": 2} | kwargs
+    return UnitaryRNN(CELL, **options, history=history, rngs=nnx.Rngs(0))
+
+
+def test_outputs_are_those_of_the_functional_cell(key):
+    """Step by step, the module is `UnitaryCell` with its read-out."""
+    model = model_with(None)
+    xs = jax.random.normal(key, (5, 3))
+    h, outputs = model(xs)
+    params, state = CELL.prepare(model.weights()), CELL.start()
+    for t in range(5):
+        state = CELL(params, xs[t], state)
+        chex.assert_trees_all_close(outputs[t], CELL.readout(params, state), rtol=1e-12)
+    chex.assert_trees_all_close(h, state, rtol=1e-12)
+
+
+@pytest.mark.parametrize("history", [Inverse(CELL.inverse, 3), Replay(3)])
+def test_gradients_do_not_depend_on_the_history(key, history):
+    """nnx.grad with recomputed states equals nnx.grad with stored ones."""
+    xs = 0.3 * jax.random.normal(key, (2, 9, 3))
+
+    def grad(history):
+        loss = lambda m: jnp.sum(jax.vmap(lambda x: m(x)[1])(xs) ** 3)
+        return nnx.to_pure_dict(nnx.grad(loss)(model_with(history)))
+
+    got, expected = grad(history), grad(None)
+    assert set(got) == {"kernel", "encoder", "decoder", "bias"}
+    chex.assert_trees_all_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_trains_with_optax(key):
+    """Gradient descent on the real parameters lowers a loss."""
+    model = model_with(Replay(4))
+    optimizer = nnx.Optimizer(model, optax.sgd(0.02), wrt=nnx.Param)
+    xs, target = jax.random.normal(key, (6, 3)), jnp.array([1.0, -1.0])
+
+    @nnx.jit
+    def update(model, optimizer):
+        loss = lambda m: jnp.sum((m(xs)[1][-1] - target) ** 2)
+        value, grads = nnx.value_and_grad(loss)(model)
+        optimizer.update(model, grads)
+        return value
+
+    values = [update(model, optimizer) for _ in range(30)]
+    assert values[-1] < 0.5 * values[0]
+
+
+def test_without_encoder_and_readout(key):
+    """inputs=None takes fields, outputs=None gives the last state only."""
+    model = model_with(None, inputs=None, outputs=None)
+    fields = jax.random.normal(key, (4, 8, 2))
+    h0 = CELL.start() + 1
+    h, outputs = model(fields, h0)
+    assert outputs is None
+    params, state = CELL.prepare(model.weights()), h0
+    for field in fields:
+        state = CELL(params, field, state)
+    chex.assert_trees_all_close(h, state, rtol=1e-12)
