@@ -68,7 +68,7 @@ def gradient_error_bound(
       infinite where ``norm`` is 1 or more.
 
     Example:
-      >>> float(gradient_error_bound(residual=1e-6, norm=0.75).round(9))
+      >>> round(float(gradient_error_bound(residual=1e-6, norm=0.75)), 9)
       4e-06
     """
     norm, residual, drive = map(jnp.asarray, (norm, residual, drive))

@@ -186,9 +186,9 @@ def spectral_normalize(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> kernel = jnp.array([[3.0, 0.0], [0.0, 1.0]])
-      >>> spectral_normalize(kernel, 0.9).round(6).tolist()
-      [[0.9, 0.0], [0.0, 0.3]]
+      >>> kernel = jnp.array([[4.0, 0.0], [0.0, 1.0]])
+      >>> spectral_normalize(kernel, 0.5).tolist()
+      [[0.5, 0.0], [0.0, 0.125]]
 
     References:
       Miyato et al., "Spectral Normalization for Generative Adversarial Networks", ICLR
