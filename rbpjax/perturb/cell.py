@@ -159,7 +159,7 @@ class _AnyNoise:
         return self
 
     def __jax_array__(self):
-        return jnp.zeros(())
+        return jnp.asarray(0.0)  # weakly typed: the nodes keep their dtype
 
     def __iter__(self):
         raise TypeError("noise is not iterated over here: index it")

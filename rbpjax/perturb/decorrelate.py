@@ -78,7 +78,7 @@ def decorrelate(
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate >= 0:
         raise ValueError(f"`rate` must be a Python number of at least 0; got {rate!r}.")
 
-    def init(n: int, dtype: jnp.dtype = float) -> jax.Array:
+    def init(n: int, dtype: jax.typing.DTypeLike = float) -> jax.Array:
         return jnp.eye(n, dtype=dtype)
 
     def apply(matrix: jax.Array, x: jax.Array) -> jax.Array:

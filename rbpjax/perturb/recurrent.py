@@ -17,7 +17,7 @@ from rbpjax.perturb.samples import mean_over_samples
 from rbpjax.perturb.weight import (
     WeightPerturbation,
     check_params,
-    value_and_grad,
+    weight_gradient,
     weighted_sum,
 )
 from rbpjax.types import PyTree
@@ -97,8 +97,7 @@ def recurrent_value_and_grad(
 
     Cost: one clean pass, the samples of the rule, and the local derivatives once.
     Memory: T × nodes for each sample of a chunk. Works under ``jit``, ``vmap`` and
-    ``scan``.
-    A loss that is not finite makes the gradient not finite.
+    ``scan``. A loss that is not finite makes the gradient not finite.
 
     Args:
       cell: ``cell(params, x, h, noise) -> (h, out, nodes)``; see ``Nodes``.
@@ -137,7 +136,6 @@ def recurrent_value_and_grad(
         h0 = jax.tree.map(jnp.asarray, h0)
         zeros = _zeros(cell, params, h0, xs)
         examples = _count_examples(cell, loss, params, h0, xs, ys, zeros)
-
         first = jax.tree.map(lambda z: z[0], zeros)
 
         def run(p, amount, direction, keep):
@@ -152,13 +150,14 @@ def recurrent_value_and_grad(
 
             return jax.lax.scan(body, h0, (xs, ys, direction))[1]
 
-        value_of = lambda losses: jnp.sum(losses) / (examples or 1)
         if isinstance(rule, WeightPerturbation):
             if rule.every_step:
                 data = (h0, xs, ys, zeros)
                 return _fresh_weights(rule, cell, loss, key, params, data)
-            total = lambda p: value_of(run(p, 0.0, zeros, False)[0])
-            return value_and_grad(total, rule)(key, params)
+            # Differences a step and an example, then sums: float32 needs the order.
+            losses = lambda p: run(p, 0.0, zeros, False)[0] / (examples or 1)
+            clean = losses(params)
+            return jnp.sum(clean), weight_gradient(rule, key, params, losses, clean)
 
         states, outputs, nodes = unroll(cell, params, h0, xs, zeros)
         clean = jax.vmap(loss)(outputs, ys), nodes
@@ -182,7 +181,7 @@ def recurrent_value_and_grad(
             grads = cell.pullback(params, xs, before, states, errors)
         else:
             grads = local_pullback(cell, params, xs, before, zeros, errors)
-        return value_of(clean[0]), grads
+        return jnp.sum(clean[0]) / (examples or 1), grads
 
     return estimate
 
@@ -218,9 +217,8 @@ def _fresh_weights(rule, cell, loss, key, params, data):
     def chunk(indices):
         def body(sums, inputs):
             t, credit = inputs
-            return optax.tree.add(
-                sums, weighted_sum(credit, draw(t, indices), params)
-            ), None
+            new = weighted_sum(credit, draw(t, indices), params)
+            return optax.tree.add(sums, new), None
 
         start = optax.tree.zeros_like(params)
         return jax.lax.scan(body, start, (steps, jax.vmap(credits)(indices).T))[0]

@@ -130,20 +130,32 @@ def value_and_grad(
             )
         result = full(params)
         clean = result[0] if has_aux else result
-        move = lambda s, v: jax.tree.map(jnp.add, params, scaled(s, v, params))
-        slope = lambda v: rule.difference(lambda s: scalar(move(s, v)), clean)
-        size, dtype = size_of(params), widest(params)
-
-        def chunk(indices: jax.Array) -> PyTree:
-            directions = jax.vmap(lambda v: unflatten(v, params))(
-                rule.noise(key, indices, size, dtype)
-            )
-            slopes = rule.scale * jax.vmap(slope)(directions)
-            return weighted_sum(slopes, directions, params)
-
-        return result, mean_over_samples(chunk, rule.num_samples, rule.chunk)
+        return result, weight_gradient(rule, key, params, scalar, clean)
 
     return estimate
+
+
+def weight_gradient(
+    rule: WeightPerturbation,
+    key: jax.Array,
+    params: PyTree,
+    losses: Callable[[PyTree], jax.Array],
+    clean: jax.Array,
+) -> PyTree:
+    """The estimate for the sum of ``losses(params)``, which is ``clean`` there."""
+    size, dtype = size_of(params), widest(params)
+
+    def slope(direction: PyTree) -> jax.Array:
+        move = lambda s: jax.tree.map(jnp.add, params, scaled(s, direction, params))
+        return jnp.sum(rule.difference(lambda s: losses(move(s)), clean))
+
+    def chunk(indices: jax.Array) -> PyTree:
+        flat = rule.noise(key, indices, size, dtype)
+        directions = jax.vmap(lambda v: unflatten(v, params))(flat)
+        slopes = rule.scale * jax.vmap(slope)(directions)
+        return weighted_sum(slopes, directions, params)
+
+    return mean_over_samples(chunk, rule.num_samples, rule.chunk)
 
 
 def weighted_sum(weights: jax.Array, trees: PyTree, like: PyTree) -> PyTree:
