@@ -25,6 +25,16 @@ MNIST = {
         "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"
     ),
 }
+WEATHER_URL = (
+    "https://raw.githubusercontent.com/jesusgf96/NP_RNNs/"
+    "0a33229c2bc114ad5ebb24132e34b8ac56384f85/data/"
+)
+WEATHER = {
+    "WTH.csv": "153fead3ea2a83dc5c4127d3994af6b167322f6f5e292c99491f43a2caf14cd4",
+    "WTH_2010-2013_hourly.csv.gz": (
+        "e4acf7202cfc987c9ecabd9a797b0652a7292c136b2c34eb416450329443e3ca"
+    ),
+}
 
 
 def fetch(folder: str, name: str, url: str, sha256: str) -> Path:
@@ -72,6 +82,23 @@ def mnist(split: str = "train") -> tuple[np.ndarray, np.ndarray]:
     )
     pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28)
     return pixels, np.frombuffer(labels, np.uint8, offset=8)
+
+
+def weather() -> tuple[np.ndarray, list[str]]:
+    """Hourly weather 2010 to 2013: float32 ``[35064, 12]`` and the columns' names.
+
+    As it is downloaded, or compressed in the folder of RBPJAX_DATA.
+    """
+    plain, packed = WEATHER
+    local = os.environ.get("RBPJAX_DATA")
+    if local and not (Path(local) / "weather" / plain).is_file():
+        path = fetch("weather", packed, WEATHER_URL, WEATHER[packed])
+        text = gzip.decompress(path.read_bytes()).decode()
+    else:
+        text = fetch("weather", plain, WEATHER_URL, WEATHER[plain]).read_text()
+    head, *lines = text.strip().splitlines()
+    values = np.array([line.split(",")[1:] for line in lines], np.float32)
+    return values, head.strip().split(",")[1:]
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:

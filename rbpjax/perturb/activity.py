@@ -49,8 +49,9 @@ def per_step(leaves: Sequence[jax.Array]) -> Blocks:
       >>> [n for _, n in blocks]
       [7, 7]
     """
-    norms, counts = zip(*per_layer_step(leaves), strict=True)
-    return [(sum(norms), sum(counts))] * len(leaves)
+    blocks = per_layer_step(leaves)
+    square = jnp.sum(jnp.stack([square for square, _ in blocks]), axis=0)
+    return [(square, sum(n for _, n in blocks))] * len(leaves)
 
 
 def per_sequence(leaves: Sequence[jax.Array]) -> Blocks:
