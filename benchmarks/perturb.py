@@ -49,7 +49,7 @@ class Perturb:
     """Arms of the tasks: a method's name, with +d for decorrelated."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds of weights, data and noise."""
-    budget: int = 16_000
+    budget: int = 8_000
     """Forward passes of a batch, for each run of a task."""
     units: int = 100
     """Units of the tasks' network."""

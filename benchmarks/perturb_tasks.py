@@ -129,15 +129,15 @@ def copying(seed: int) -> Task:
     test = build(draw(jax.random.key(77), 256, remainder))
 
     def score(out: jax.Array, ys: jax.Array) -> jax.Array:
-        right = jnp.argmax(out[-COPIED:], -1) == jnp.argmax(ys[-COPIED:], -1)
-        return 1 - jnp.mean(right.astype(jnp.float32))
+        wrong = jnp.argmax(out[-COPIED:], -1) != jnp.argmax(ys[-COPIED:], -1)
+        return jnp.mean(wrong.astype(jnp.float32))
 
     naive = {"chance": 1 - 1 / SYMBOLS}
     return Task(SYMBOLS + 2, outputs, batch, test, score, "wrong symbols", naive)
 
 
 def weather(seed: int) -> Task:
-    """Train on the first hours, validate on 2,000 later ones, test on the last 1,464."""
+    """Training hours come first, then 2,000 for validation, then 1,464 for tests."""
     values, names = data.weather()
     kept = [i for i, name in enumerate(names) if "Celsius" not in name]
     target = [names[i] for i in kept].index("DryBulbFarenheit")
