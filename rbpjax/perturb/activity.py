@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from rbpjax.perturb.credit import Credit, causal, instant
 from rbpjax.perturb.difference import Difference, OneSided
-from rbpjax.perturb.node import check_rule, credited
+from rbpjax.perturb.node import Derivative, check_rule, credited
 from rbpjax.perturb.noise import Noise, rademacher
 from rbpjax.types import PyTree, strategy
 
@@ -150,19 +150,20 @@ class ActivityPerturbation:
             )
 
     def errors(
-        self, run: Callable, clean: PyTree, direction: PyTree, batched: bool
+        self, derivative: Derivative, directions: PyTree, like: PyTree, batched: bool
     ) -> PyTree:
-        """The node errors of one sample; ``run(amount)`` gives losses and nodes."""
-        del direction
-        delta, activity = self.difference(lambda s: run(s, True), clean)
-        activity = self._normalized(activity, batched)
-        return credited(self, delta, activity, clean[1])
+        """The node errors of all samples, ``[T, samples, …]``."""
+        del directions
+        delta, activity = derivative(True)
+        return credited(self, delta, self._normalized(activity, batched), like)
 
     def _normalized(self, activity: PyTree, batched: bool) -> PyTree:
         if self.norm is None:
             return activity
         leaves, structure = jax.tree.flatten(activity)
-        rows = lambda a: a.reshape(len(a), a.shape[1] if batched else 1, -1)
+        # [T, samples (and examples, if each has its loss), …] as [T, blocks, units].
+        each = lambda a: a.shape[1] * (a.shape[2] if batched else 1)
+        rows = lambda a: a.reshape(len(a), each(a), -1)
         blocks = self.norm([rows(a) for a in leaves])
         made = []
         for a, (square, count) in zip(leaves, blocks, strict=True):

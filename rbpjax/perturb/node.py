@@ -14,6 +14,9 @@ from rbpjax.perturb.noise import Noise, rademacher
 from rbpjax.perturb.samples import check_callable, check_samples
 from rbpjax.types import PyTree, check_real, strategy
 
+Derivative = Callable[[bool], tuple[jax.Array, PyTree]]
+"""(δL/σ ``[T, samples, …]``, δa/σ if asked for), of all samples of a chunk."""
+
 
 @strategy
 class NodePerturbation:
@@ -71,12 +74,12 @@ class NodePerturbation:
         check_real(self, "scale", self.scale)
 
     def errors(
-        self, run: Callable, clean: PyTree, direction: PyTree, batched: bool
+        self, derivative: Derivative, directions: PyTree, like: PyTree, batched: bool
     ) -> PyTree:
-        """The node errors of one sample; ``run(amount)`` gives losses and nodes."""
+        """The node errors of all samples, ``[T, samples, …]``."""
         del batched
-        delta = self.difference(lambda s: run(s, False)[0], clean[0])
-        return credited(self, self.scale * delta, direction, clean[1])
+        delta, _ = derivative(False)
+        return credited(self, self.scale * delta, directions, like)
 
 
 def check_rule(rule: Any) -> None:
@@ -89,7 +92,7 @@ def check_rule(rule: Any) -> None:
 
 
 def credited(rule: Any, delta: jax.Array, nodes: PyTree, like: PyTree) -> PyTree:
-    """Each leaf ``[T, …]`` of ``nodes`` times its credit, by step and example."""
+    """Each leaf ``[T, …]`` of ``nodes`` times its credit, in the dtype of ``like``."""
 
     def times(credit: jax.Array, nodes: PyTree, like: PyTree) -> PyTree:
         by = lambda v: credit.reshape(credit.shape + (1,) * (v.ndim - credit.ndim))

@@ -163,14 +163,23 @@ def recurrent_value_and_grad(
         clean = jax.vmap(loss)(outputs, ys), nodes
         size, dtype = size_of(zeros), widest(zeros)
 
-        def one(vector):
-            direction = unflatten(vector, zeros)
-            perturbed = lambda amount, keep: run(params, amount, direction, keep)
-            return rule.errors(perturbed, clean, direction, examples is not None)
-
         def chunk(indices):
-            errors = jax.vmap(one)(rule.noise(key, indices, size, dtype))
-            return jax.tree.map(lambda e: jnp.sum(e, axis=0), errors)
+            vectors = rule.noise(key, indices, size, dtype)
+            # Samples come second, after time, in all that follows: what a scan over
+            # them takes and gives is never transposed.
+            directions = jax.vmap(lambda v: unflatten(v, zeros), out_axes=1)(vectors)
+
+            def derivative(keep):
+                """Of the losses, and of the nodes if they are kept, by the amount."""
+
+                def one(direction):
+                    passes = lambda amount: run(params, amount, direction, keep)
+                    return rule.difference(passes, clean if keep else (clean[0], ()))
+
+                return jax.vmap(one, 1, 1)(directions)
+
+            errors = rule.errors(derivative, directions, nodes, examples is not None)
+            return jax.tree.map(lambda e: jnp.sum(e, axis=1), errors)
 
         errors = mean_over_samples(chunk, rule.num_samples, rule.chunk)
         errors = jax.tree.map(lambda e: e / (examples or 1), errors)

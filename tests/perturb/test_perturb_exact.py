@@ -274,6 +274,24 @@ def test_activity_norms_by_hand():
     assert n == 10
 
 
+@pytest.mark.parametrize("rule", [NodePerturbation, ActivityPerturbation])
+def test_a_batch_is_the_mean_of_its_examples(rule):
+    """With losses and noise of their own, examples know nothing of each other."""
+    net = dense(units=3, outputs=2, examples=2)
+    rows = signs(15)[jnp.array([5, 777])] * jnp.array([[1.0], [2.0]])
+    hidden, out = rows[:, :9].reshape(2, 3, 3), rows[:, 9:].reshape(2, 3, 2)
+    both = [hidden.swapaxes(0, 1).reshape(-1), out.swapaxes(0, 1).reshape(-1)]
+    fields = dict(difference=Exact())
+    batch = estimate(net, rule(noise=table(jnp.concatenate(both)[None]), **fields))
+    alone = []
+    for i in range(2):
+        one = (a[:, i] for a in (net.xs, net.ys))
+        single = net._replace(h0=net.h0[i], **dict(zip(("xs", "ys"), one, strict=True)))
+        alone.append(estimate(single, rule(noise=table(rows[i : i + 1]), **fields)))
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *alone)
+    assert distance(batch, mean) < TIGHT
+
+
 def test_white_activity_needs_no_norm():
     """Without recurrence and with signs, activity and node perturbation are one."""
     net = dense(units=3)
