@@ -163,7 +163,7 @@ def rows(part: str, result: dict[str, Any]) -> list[dict[str, str]]:
                 "seconds": f"{r['seconds']['median']:.3f}",
                 "against bare passes": f"{r['ratio']['median']:.2f} "
                 f"({r['ratio']['q25']:.2f}–{r['ratio']['q75']:.2f})",
-                "memory": f"{r['temporary_bytes']['1000'] / 1e6:.0f} MB",
+                "memory": f"{r['temporary_bytes']['1000'] / 1e6:.1f} MB",
             }
             for name, r in result["many"]["rules"].items()
         ]

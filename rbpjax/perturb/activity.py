@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 
 from rbpjax.perturb.credit import Credit, causal, instant
 from rbpjax.perturb.difference import Difference, OneSided
-from rbpjax.perturb.node import Derivative, check_rule, credited
+from rbpjax.perturb.node import Derivative, check_rule, credited, credits
 from rbpjax.perturb.noise import Noise, rademacher
 from rbpjax.types import PyTree, strategy
 
@@ -155,20 +156,23 @@ class ActivityPerturbation:
         """The node errors of all samples, ``[T, samples, …]``."""
         del directions
         delta, activity = derivative(True)
-        return credited(self, delta, self._normalized(activity, batched), like)
+        made = credits(self, delta, like)
+        if self.norm is not None:
+            factors = self._factors(self.norm, activity, batched)
+            made = jax.tree.map(lambda c, f: c * f.astype(c.dtype), made, factors)
+        return credited(made, activity, like)
 
-    def _normalized(self, activity: PyTree, batched: bool) -> PyTree:
-        if self.norm is None:
-            return activity
+    def _factors(self, norm: Norm, activity: PyTree, batched: bool) -> PyTree:
+        """scale(N) / ‖δa‖² for each leaf, by step, sample and example."""
         leaves, structure = jax.tree.flatten(activity)
         # [T, samples (and examples, if each has its loss), …] as [T, blocks, units].
-        each = lambda a: a.shape[1] * (a.shape[2] if batched else 1)
-        rows = lambda a: a.reshape(len(a), each(a), -1)
-        blocks = self.norm([rows(a) for a in leaves])
+        blocks = lambda a: a.shape[1:3] if batched else a.shape[1:2]
+        rows = [a.reshape(len(a), math.prod(blocks(a)), -1) for a in leaves]
         made = []
-        for a, (square, count) in zip(leaves, blocks, strict=True):
+        for a, (square, count) in zip(leaves, norm(rows), strict=True):
             scale = self.scale(count) if callable(self.scale) else self.scale
             # Where nothing moved there is nothing to credit, rather than 0/0.
             factor = jnp.where(square > 0, scale / jnp.where(square > 0, square, 1), 0)
-            made.append((factor * rows(a)).reshape(a.shape))
+            factor = jnp.broadcast_to(factor, (len(a), math.prod(blocks(a)), 1))
+            made.append(factor.reshape(len(a), *blocks(a)))
         return structure.unflatten(made)

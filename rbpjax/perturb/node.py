@@ -79,7 +79,7 @@ class NodePerturbation:
         """The node errors of all samples, ``[T, samples, …]``."""
         del batched
         delta, _ = derivative(False)
-        return credited(self, self.scale * delta, directions, like)
+        return credited(credits(self, self.scale * delta, like), directions, like)
 
 
 def check_rule(rule: Any) -> None:
@@ -91,18 +91,21 @@ def check_rule(rule: Any) -> None:
     check_callable(rule, "readout_credit", rule.readout_credit, "instant")
 
 
-def credited(rule: Any, delta: jax.Array, nodes: PyTree, like: PyTree) -> PyTree:
-    """Each leaf ``[T, …]`` of ``nodes`` times its credit, in the dtype of ``like``."""
-
-    def times(credit: jax.Array, nodes: PyTree, like: PyTree) -> PyTree:
-        by = lambda v: credit.reshape(credit.shape + (1,) * (v.ndim - credit.ndim))
-        product = lambda v, a: by(v).astype(a.dtype) * v.astype(a.dtype)
-        return jax.tree.map(product, nodes, like)
-
+def credits(rule: Any, delta: jax.Array, like: PyTree) -> PyTree:
+    """For each leaf of nodes its credits, by step, sample and example."""
+    fill = lambda credit, nodes: jax.tree.map(lambda _: credit, nodes)
     recurrent = rule.credit(delta)
-    if not isinstance(nodes, Nodes):
-        return times(recurrent, nodes, like)
-    return Nodes(
-        times(recurrent, nodes.recurrent, like.recurrent),
-        times(rule.readout_credit(delta), nodes.readout, like.readout),
-    )
+    if not isinstance(like, Nodes):
+        return fill(recurrent, like)
+    readout = rule.readout_credit(delta)
+    return Nodes(fill(recurrent, like.recurrent), fill(readout, like.readout))
+
+
+def credited(credits: PyTree, nodes: PyTree, like: PyTree) -> PyTree:
+    """Leaves ``[T, samples, …]`` times their credits, in the dtypes of ``like``."""
+
+    def product(credit: jax.Array, v: jax.Array, a: jax.Array) -> jax.Array:
+        credit = credit.reshape(credit.shape + (1,) * (v.ndim - credit.ndim))
+        return credit.astype(a.dtype) * v.astype(a.dtype)
+
+    return jax.tree.map(product, credits, nodes, like)

@@ -138,29 +138,33 @@ def recurrent_value_and_grad(
         examples = _count_examples(cell, loss, params, h0, xs, ys, zeros)
         first = jax.tree.map(lambda z: z[0], zeros)
 
-        def run(p, amount, direction, keep):
-            """(losses, nodes if they are kept) with ``amount`` of a direction."""
+        def run(p, amount, direction, clean=()):
+            """Losses with ``amount`` of a direction, and how far nodes are from clean.
+
+            ``clean`` are the nodes to compare with; () compares none.
+            """
 
             # Scaled inside the loop: outside, a float copy of all noise would be made,
             # and its way through memory costs as much as a forward pass.
             def body(h, data):
-                x, y, v = data
+                x, y, v, still = data
                 h, out, nodes = cell(p, x, h, scaled(amount, v, first))
-                return h, (loss(out, y), nodes if keep else ())
+                nodes = nodes if jax.tree.leaves(still) else ()
+                return h, (loss(out, y), jax.tree.map(jnp.subtract, nodes, still))
 
-            return jax.lax.scan(body, h0, (xs, ys, direction))[1]
+            return jax.lax.scan(body, h0, (xs, ys, direction, clean))[1]
 
         if isinstance(rule, WeightPerturbation):
             if rule.every_step:
                 data = (h0, xs, ys, zeros)
                 return _fresh_weights(rule, cell, loss, key, params, data)
             # Differences a step and an example, then sums: float32 needs the order.
-            losses = lambda p: run(p, 0.0, zeros, False)[0] / (examples or 1)
+            losses = lambda p: run(p, 0.0, zeros)[0] / (examples or 1)
             clean = losses(params)
             return jnp.sum(clean), weight_gradient(rule, key, params, losses, clean)
 
         states, outputs, nodes = unroll(cell, params, h0, xs, zeros)
-        clean = jax.vmap(loss)(outputs, ys), nodes
+        clean = jax.vmap(loss)(outputs, ys)
         size, dtype = size_of(zeros), widest(zeros)
 
         def chunk(indices):
@@ -171,10 +175,12 @@ def recurrent_value_and_grad(
 
             def derivative(keep):
                 """Of the losses, and of the nodes if they are kept, by the amount."""
+                still = nodes if keep else ()
+                none = jax.tree.map(jnp.zeros_like, still)  # clean nodes from clean
 
                 def one(direction):
-                    passes = lambda amount: run(params, amount, direction, keep)
-                    return rule.difference(passes, clean if keep else (clean[0], ()))
+                    passes = lambda amount: run(params, amount, direction, still)
+                    return rule.difference(passes, (clean, none))
 
                 return jax.vmap(one, 1, 1)(directions)
 
@@ -190,7 +196,7 @@ def recurrent_value_and_grad(
             grads = cell.pullback(params, xs, before, states, errors)
         else:
             grads = local_pullback(cell, params, xs, before, zeros, errors)
-        return jnp.sum(clean[0]) / (examples or 1), grads
+        return jnp.sum(clean) / (examples or 1), grads
 
     return estimate
 
