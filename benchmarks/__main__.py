@@ -6,12 +6,13 @@ import sys
 
 import tyro
 
-from benchmarks import families, hopfield, online, readme, unitary
+from benchmarks import families, fuzz, hopfield, online, readme, unitary
 from benchmarks.harness import UsageError
 
 # An experiment is one dataclass: its fields are the options, its ``run`` does the work.
 COMMANDS = {
     "families": families.Families,
+    "fuzz": fuzz.Fuzz,
     "hopfield": hopfield.Hopfield,
     "online": online.Online,
     "unitary": unitary.Unitary,
