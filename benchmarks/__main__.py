@@ -6,7 +6,7 @@ import sys
 
 import tyro
 
-from benchmarks import families, fuzz, hopfield, online, readme, unitary
+from benchmarks import families, fuzz, hopfield, modes, online, readme, unitary
 from benchmarks.harness import UsageError
 
 # An experiment is one dataclass: its fields are the options, its ``run`` does the work.
@@ -14,6 +14,7 @@ COMMANDS = {
     "families": families.Families,
     "fuzz": fuzz.Fuzz,
     "hopfield": hopfield.Hopfield,
+    "modes": modes.Modes,
     "online": online.Online,
     "unitary": unitary.Unitary,
     "readme": readme.Readme,
