@@ -1,9 +1,9 @@
 """Is a second path for forward mode worth having? The one that JAX would allow.
 
 ``rbp_solve`` is a ``custom_vjp``: reverse mode of every order, reports, ``shard_map``.
-The alternative is a ``custom_jvp`` around ``lax.custom_linear_solve``, which has forward
-mode and ``jax.hessian`` too, but no report of the adjoint. Here both are built on the
-same rules and measured on the same network.
+The alternative is a ``custom_jvp`` around ``lax.custom_linear_solve``, which has
+forward mode and ``jax.hessian`` too, but no report of the adjoint. Here both are built
+on the same rules and measured on the same network.
 """
 
 from __future__ import annotations
