@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import families, fuzz, hopfield, modes
+from benchmarks import families, hopfield, modes
 from benchmarks.harness import read_json, require, table
 
 README = Path(__file__).parent.parent / "README.md"
@@ -52,9 +52,9 @@ def fuzz_line() -> str:
     total = lambda key: sum(rule[key] for rule in result["rules"].values())
     worst = max(rule["worst"] for rule in result["rules"].values())
     return (
-        f"{result['problems']:,} random problems, of which {total('converged'):,} were "
-        f"reported as converged: {total('silently_wrong')} of those with an error above "
-        f"10 · tolerance · condition number (worst: {worst:.2g} of that), "
+        f"{result['problems']:,} random problems, of which {total('converged'):,} "
+        f"were reported as converged: {total('silently_wrong')} of those with an error "
+        f"above 10 · tolerance · condition number (worst: {worst:.2g} of that), "
         f"{total('false_alarms')} false alarms, {total('misreported')} residuals "
         "reported below half of the true one."
     )
