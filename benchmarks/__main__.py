@@ -6,13 +6,24 @@ import sys
 
 import tyro
 
-from benchmarks import families, hopfield, online, perturb, readme, unitary
+from benchmarks import (
+    families,
+    fuzz,
+    hopfield,
+    modes,
+    online,
+    perturb,
+    readme,
+    unitary,
+)
 from benchmarks.harness import UsageError
 
 # An experiment is one dataclass: its fields are the options, its ``run`` does the work.
 COMMANDS = {
     "families": families.Families,
+    "fuzz": fuzz.Fuzz,
     "hopfield": hopfield.Hopfield,
+    "modes": modes.Modes,
     "online": online.Online,
     "perturb": perturb.Perturb,
     "unitary": unitary.Unitary,

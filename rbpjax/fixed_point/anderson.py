@@ -95,7 +95,7 @@ class Anderson:
             at = k % m
             newest = (tree.sub(h, last), tree.sub(r, r_old))
             newest = tree.where(first, tree.scale(0.0, newest), newest)
-            rows = jax.tree.map(lambda b, u: b.at[at].set(u), rows, newest)
+            rows = tree.put(rows, at, newest)
             products = jax.vmap(lambda row: tree.vdot(row, newest[1]))(rows[1])
             gram = gram.at[at].set(products).at[:, at].set(products)
             target = jax.vmap(lambda row: tree.vdot(row, r))(rows[1])
@@ -121,11 +121,11 @@ class Anderson:
                 residual,
             )
 
-        history = jax.tree.map(lambda u: jnp.zeros_like(u, shape=(m, *u.shape)), h0)
+        history = tree.empty_rows(m, h0)
         k = tree.vary_like(jnp.int32(0), h0)
         infinity = tree.vary_like(jnp.array(jnp.inf, dtype), h0)
         gram = tree.vary_like(jnp.zeros((m, m), dtype), h0)
-        rows = tree.vary_like((history, history), h0)
+        rows = (history, history)
         zero = tree.scale(0.0, h0)
         carry = (h0, h0, rows, gram, h0, zero, k, k, infinity, infinity)
         carry = lax.while_loop(unfinished, body, carry)

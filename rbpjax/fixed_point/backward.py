@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rbpjax.fixed_point import tree
-from rbpjax.fixed_point.forward import FixedPointIteration
+from rbpjax.fixed_point.forward import FixedPointIteration, repeat
 from rbpjax.types import (
     ForwardSolver,
     LinearMap,
@@ -30,13 +30,6 @@ from rbpjax.types import (
 def adjoint_defect(vjp: LinearMap, g: PyTree, z: PyTree) -> PyTree:
     """The vector g + Jᵀz - z, zero at the adjoint."""
     return tree.sub(tree.add(g, vjp(z)), z)
-
-
-def repeat(update: Callable, times: int, carry: tuple) -> tuple:
-    """``update`` applied ``times`` times, without a loop for once."""
-    if times == 1:
-        return update(carry)
-    return lax.fori_loop(0, times, lambda _, c: update(c), carry)
 
 
 def measured(
@@ -179,9 +172,10 @@ class RBP:
     U[0, 1), in the units of the loss and not of g: where g is small, the start is what
     a truncated iteration returns. That is the whole instability of naive RBP.
 
-    Cost: what the solver does on one VJP an evaluation. The solver's own residual is
-    relative to ‖z‖; the one reported here is relative to ‖g‖ like all others, measured
-    by one more VJP, which the compiler removes when nobody reads it.
+    Cost: what the solver does on one VJP an evaluation. The solver's own residual, and
+    so its tolerance, is relative to ‖z‖; the one reported here is relative to ‖g‖ like
+    all others, measured by one more VJP, which the compiler removes when nobody reads
+    it. Converged is what both call so: the latter within the root of the former.
 
     Attributes:
       solver: any forward solver; its tolerance and budget are those of the rule.
@@ -222,10 +216,13 @@ class RBP:
         g, size = tree.to_unit(cotangent)
         step: Callable = lambda z: tree.add(g, vjp(z))
         start = g if self.seed is None else _uniform(self.seed, g, size)
-        z, steps, _, converged = self.solver(step, start)
+        z, steps, relative, converged = self.solver(step, start)
         residual = tree.norm(adjoint_defect(vjp, g, z))
-        # The solver's tolerance is its own affair, and unknown here.
-        converged = converged & resolved(z, tree.default_tol(g))
+        # The solver's tolerance is its own affair, and unknown here. But a start that
+        # dwarfs g can be left with little of ‖z‖ and much of ‖g‖.
+        eps = tree.coarsest_eps(g)
+        small = residual <= jnp.sqrt(jnp.maximum(relative, eps)).astype(residual.dtype)
+        converged = converged & small & resolved(z, tree.default_tol(g))
         return Solution(tree.scale(size, z), steps, residual, converged)
 
 

@@ -36,17 +36,23 @@ def start_at_zero(g: PyTree) -> Progress:
 
 
 def refine(
-    inner: Callable, measure: Callable, start: Progress, tol: float, max_steps: int
+    inner: Callable,
+    measure: Callable,
+    start: Progress,
+    tol: float,
+    max_steps: int,
+    stalled: float = 0.5,
 ) -> Progress:
     """Restarts ``inner(z, r, k) -> (z, k)`` until the measured error meets ``tol``.
 
-    Ends as well with the budget, or when a pass leaves more than half of the error. The
-    inner method should aim at half of the tolerance, the other half is for rounding.
+    Ends as well with the budget, or when a pass leaves more than ``stalled`` times the
+    error. The inner method should aim at half of the tolerance, the other half is for
+    rounding.
     """
 
     def unsolved(carry: tuple) -> jax.Array:
         _, _, k, now, before = carry
-        return (now > tol) & (now <= 0.5 * before) & (k < max_steps)
+        return (now > tol) & (now <= stalled * before) & (k < max_steps)
 
     def body(carry: tuple) -> tuple:
         z_old, r_old, k, now, _ = carry

@@ -127,6 +127,28 @@ def to_unit(x: PyTree) -> tuple[PyTree, jax.Array]:
     return divide(x, safe_length), largest * length
 
 
+def empty_rows(num: int, like: PyTree) -> PyTree:
+    """``num`` states of zeros, stacked along a new leading axis.
+
+    Broadcast from data, not made from nothing: so they are sharded as ``like`` is, and
+    vary over its axes.
+    """
+    return jax.tree.map(lambda u: jnp.broadcast_to(0 * u, (num, *u.shape)), like)
+
+
+def put(rows: PyTree, i: jax.Array | int, x: PyTree) -> PyTree:
+    """``rows`` with the state ``x`` in row ``i``."""
+    # Slices, since scatters are not defined on meshes with explicit axis types.
+    update = lambda b, u: lax.dynamic_update_index_in_dim(b, u, i, 0)
+    return jax.tree.map(update, rows, x)
+
+
+def take(rows: PyTree, i: jax.Array | int) -> PyTree:
+    """Row ``i`` of stacked states."""
+    pick = lambda b: lax.dynamic_index_in_dim(b, i, 0, keepdims=False)
+    return jax.tree.map(pick, rows)
+
+
 def adjoint(linear: Callable[[PyTree], PyTree], like: PyTree) -> Callable:
     """The adjoint of a map of states under the real inner product of this module.
 

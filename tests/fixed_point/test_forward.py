@@ -33,6 +33,7 @@ SOLVERS = {
     "budget": FixedPointIteration(max_steps=3),
     "steps": FixedPointIteration(steps=5),
     "steps_damped": FixedPointIteration(steps=5, damping=0.4),
+    "every_third": FixedPointIteration(tol=1e-8, damping=0.4, check_every=3),
 }
 solvers = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 
@@ -120,6 +121,19 @@ def test_steps_are_exact_and_tol_is_an_accuracy():
     assert budget.converged  # a budget of nine is enough for nine
     budget = FixedPointIteration(max_steps=8, tol=1e-3)(step, h0)
     assert budget.num_steps == 8 and not budget.converged
+
+
+@pytest.mark.parametrize("every", [2, 7])
+def test_looking_less_often_takes_at_most_that_many_steps_more(every):
+    """check_every = k: the same point, up to k - 1 steps later."""
+    problem = PROBLEMS["tanh_rnn"]
+    step = partial(problem.f, problem.params, problem.inputs)
+    each = FixedPointIteration(tol=1e-9)(step, problem.h0)
+    some = FixedPointIteration(tol=1e-9, check_every=every)(step, problem.h0)
+    assert some.converged and (some.num_steps + 1) % every == 0
+    assert 0 <= int(some.num_steps) - int(each.num_steps) < every
+    # Both within residual · ‖(I - J)⁻¹‖ of h*, which is below 10 here.
+    chex.assert_trees_all_close(some.value, each.value, rtol=0, atol=4e-8)
 
 
 @solvers

@@ -242,3 +242,20 @@ def test_vmapped_krylov_solves_are_those_of_each_example(random):
             assert bool(batched.converged[i]) == bool(one.converged)
             if one.converged:
                 assert_close(batched.value[i], one.value, 1e-7)
+
+
+def test_rbp_from_a_start_that_dwarfs_the_cotangent_is_not_converged():
+    """Found by the fuzz: ‖z_{k+1} - z_k‖ ≤ tol ‖z‖ while z is all start, no answer.
+
+    The start is 1e6 times the cotangent and decays by 0.995 a step: after one step the
+    change is 0.005 of z, within tol = 0.01, and 5,000 times g.
+    """
+    jac = 0.995 * jnp.eye(4)
+    rule = RBP(FixedPointIteration(tol=0.01), seed=0)
+    solution = adjoint(rule, jac, jnp.full(4, 1e-6))
+    assert solution.residual > 1e3 and not solution.converged
+    # From g itself the iteration is right, to tol ‖(I - J)⁻¹‖ = 2e-6, and says so.
+    solver = FixedPointIteration(max_steps=5000, tol=1e-8)
+    solution = adjoint(RBP(solver), jac, jnp.full(4, 1e-6))
+    chex.assert_trees_all_close(solution.value, jnp.full(4, 2e-4), rtol=4e-6)
+    assert solution.converged
