@@ -87,10 +87,10 @@ def perturb_table() -> str:
     ]
     return (
         table(rows)
-        + f"\n\n{setting['units']} units, Adam, {options['budget']:,} forward passes of "
-        f"{setting['examples']} examples for every method (an update costs "
-        f"{first['samples'] + 1} for a perturbation rule, 2 for the paper's code, 3 for "
-        "backpropagation), the best of five step sizes on validation data, "
+        + f"\n\n{setting['units']} units, Adam, {options['budget']:,} forward passes "
+        f"of {setting['examples']} examples for every method (an update costs "
+        f"{first['samples'] + 1} for a perturbation rule, 2 for the paper's code, 3 "
+        "for backpropagation), the best of five step sizes on validation data, "
         f"{len(options['seeds'])} seeds (mean ± standard deviation, test data). In "
         f"parentheses: answers that need no learning. {_where(first)}"
     )
