@@ -149,7 +149,9 @@ def train(
     tests = jax.tree.map(lambda *a: jnp.stack(a), *[t.test for t in tasks])
     states = jax.vmap(start)(jnp.array(seeds, jnp.uint32))
     curve = jnp.full((BLOCKS + 1, len(seeds)), jnp.nan).at[0].set(scores(states, tests))
-    label = f"{arm}-{'-'.join(map(str, seeds))}-{fraction:g}-{rates[0]:g}"
+    label = (
+        f"{setting.units}-{arm}-{'-'.join(map(str, seeds))}-{fraction:g}-{rates[0]:g}"
+    )
     done, (states, curve) = checkpoint.restore(label, (states, curve))
     for i in progress(range(done, BLOCKS), BLOCKS, f"{setting.task} {label}", done):
         keys = jnp.stack(
