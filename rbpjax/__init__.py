@@ -19,13 +19,8 @@ from rbpjax.fixed_point.regularize import (
     jacobian_penalty,
     spectral_normalize,
 )
-from rbpjax.fixed_point.solve import (
-    AdjointReport,
-    rbp_jvp,
-    rbp_solve,
-    rbp_vjp,
-    value_and_grad,
-)
+from rbpjax.fixed_point.report import AdjointReport, value_and_grad
+from rbpjax.fixed_point.solve import rbp_jvp, rbp_solve, rbp_vjp
 from rbpjax.fixed_point.unroll import bptt, tbptt
 from rbpjax.types import BackwardRule, ForwardSolver, Solution, StepFn
 
