@@ -68,7 +68,6 @@ def optimizer_step(
       Liao et al., "Reviving and Improving Recurrent Back-Propagation", ICML 2018,
       section 5.3; Maclaurin, Duvenaud, Adams, ICML 2015 (the same through the path).
     """
-
     import optax  # half of a second, which ``import rbpjax`` need not take
 
     def f(params: PyTree, inputs: PyTree, h: Any) -> Any:
