@@ -4,6 +4,7 @@ from rbpjax.fixed_point.adaptive import Adaptive
 from rbpjax.fixed_point.advice import Diagnosis, diagnose
 from rbpjax.fixed_point.anderson import Anderson
 from rbpjax.fixed_point.backward import RBP, Neumann
+from rbpjax.fixed_point.bilevel import optimizer_step
 from rbpjax.fixed_point.bounds import gradient_error_bound, neumann_error_bound
 from rbpjax.fixed_point.diagnose import (
     adjoint_residual,
@@ -19,13 +20,8 @@ from rbpjax.fixed_point.regularize import (
     jacobian_penalty,
     spectral_normalize,
 )
-from rbpjax.fixed_point.solve import (
-    AdjointReport,
-    rbp_jvp,
-    rbp_solve,
-    rbp_vjp,
-    value_and_grad,
-)
+from rbpjax.fixed_point.report import AdjointReport, value_and_grad
+from rbpjax.fixed_point.solve import rbp_jvp, rbp_solve, rbp_vjp
 from rbpjax.fixed_point.unroll import bptt, tbptt
 from rbpjax.types import BackwardRule, ForwardSolver, Solution, StepFn
 
@@ -55,6 +51,7 @@ __all__ = [
     "jacobian_penalty",
     "loop_cut_error",
     "neumann_error_bound",
+    "optimizer_step",
     "rbp_jvp",
     "rbp_solve",
     "rbp_vjp",

@@ -14,6 +14,7 @@ from rbpjax.fixed_point import tree
 from rbpjax.fixed_point.adaptive import Adaptive
 from rbpjax.fixed_point.anderson import Anderson
 from rbpjax.fixed_point.backward import RBP, Neumann
+from rbpjax.fixed_point.closing import apply_rule, close
 from rbpjax.fixed_point.diagnose import (
     growth,
     growth_rate,
@@ -23,7 +24,6 @@ from rbpjax.fixed_point.diagnose import (
 from rbpjax.fixed_point.forward import relative_change
 from rbpjax.fixed_point.gmres import GMRES
 from rbpjax.fixed_point.krylov import BiCGSTAB, CGNormal
-from rbpjax.fixed_point.solve import apply_rule, close
 from rbpjax.types import BackwardRule, PyTree, StepFn
 
 _INVERTIBLE = "I - J invertible"

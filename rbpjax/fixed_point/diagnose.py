@@ -10,7 +10,7 @@ from jax import lax
 
 from rbpjax.fixed_point import tree
 from rbpjax.fixed_point.backward import adjoint_defect
-from rbpjax.fixed_point.solve import close
+from rbpjax.fixed_point.closing import close
 from rbpjax.types import LinearMap, PyTree, StepFn
 
 

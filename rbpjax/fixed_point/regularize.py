@@ -15,7 +15,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from rbpjax.fixed_point import tree
-from rbpjax.fixed_point.solve import close
+from rbpjax.fixed_point.closing import close
 from rbpjax.types import LinearMap, PyTree, StepFn
 
 

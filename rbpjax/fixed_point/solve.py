@@ -21,56 +21,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend import core
 
 from rbpjax.fixed_point import tree
 from rbpjax.fixed_point.adaptive import Adaptive
+from rbpjax.fixed_point.closing import (
+    ClosedStep,
+    apply_rule,
+    check_like,
+    check_solution,
+    close,
+)
 from rbpjax.fixed_point.forward import FixedPointIteration
+from rbpjax.fixed_point.report import AdjointReport, as_probe
 from rbpjax.types import (
     BackwardRule,
     ForwardSolver,
-    LinearMap,
     PyTree,
     Solution,
     StepFn,
 )
 
-
-class AdjointReport(NamedTuple):
-    """What the backward pass did; all leaves are floats.
-
-    It comes out of the backward pass as the *gradient of the loss with respect to a
-    probe*, ``AdjointReport.zeros()`` handed to the solve. Where one probe serves
-    several solves, their reports add up, as gradients do; inside ``jax.vmap`` give one
-    probe an example, inside ``lax.scan`` one a step.
-
-    Attributes:
-      num_steps: steps of the backward rule.
-      residual: ‖g + Jᵀz - z‖ / ‖g‖.
-      converged: 1 if the rule reached its tolerance, else 0.
-      cotangent_norm: ‖g‖; zero where no gradient arrived, or no adjoint was solved
-        (``bptt``).
-    """
-
-    num_steps: Any
-    residual: Any
-    converged: Any
-    cotangent_norm: Any
-
-    @classmethod
-    def zeros(cls, shape: tuple[int, ...] = ()) -> AdjointReport:
-        """A probe: zeros of ``shape``, for example ``(batch,)`` to map over."""
-        return cls(*(jnp.zeros(shape) for _ in cls._fields))
-
-
-# A step function with its parameters in one pytree, and a solver of its fixed point
-# from a start, which may be any pytree: (args, h) -> h and (step, args, start) -> …
-ClosedStep = Callable[[PyTree, PyTree], PyTree]
+# A solver of a closed step's fixed point from a start, which may be any pytree:
+# (step, args, start) -> Solution.
 ClosedSolver = Callable[[ClosedStep, PyTree, PyTree], Solution]
 
 
@@ -156,6 +133,8 @@ def rbp_solve(
     raise TypeError, use ``rbp_jvp``. Composes with ``jit``, ``vmap``, ``scan``,
     ``remat``, ``shard_map``. f may close over arrays, traced ones and modules too, and
     they receive gradients; integers and PRNG keys may be anywhere in params and inputs.
+    What a step computes besides the state, evaluate at the solution's value again: it
+    is then differentiated like any function.
 
     Args:
       f: step function ``f(params, inputs, h) -> h``.
@@ -205,7 +184,7 @@ def rbp_solve(
     ) -> Solution:
         """Solves h* = f(params, inputs, h*) from h0."""
         step, args, h0 = close(f, params, inputs, h0)
-        probe = _as_probe(probe, h0)
+        probe = as_probe(probe, h0)
         solution = _solve(step, forward_solver, backward, args, h0, probe)
         value, *diagnostics = solution
         return Solution(value, *map(lax.stop_gradient, diagnostics))
@@ -254,7 +233,7 @@ def rbp_vjp(
       Liao et al. 2018, equations 8 and 9.
     """
     step, args, h_star = close(f, params, inputs, h_star)
-    _check_like(cotangent, h_star, "`cotangent`", "`h_star`")
+    check_like(cotangent, h_star, "`cotangent`", "`h_star`")
     cotangent = jax.tree.map(jnp.asarray, cotangent)
     _, vjp = jax.vjp(step, args, h_star)
     solution = apply_rule(rule, lambda v: vjp(v)[1], cotangent)
@@ -308,146 +287,3 @@ def rbp_jvp(
     _, h_dot = jax.jvp(drive, (params, inputs), tangents)
     _, jvp = jax.linearize(partial(step, args), h_star)
     return apply_rule(rule, jvp, h_dot)
-
-
-def value_and_grad(
-    loss: Callable[..., Any],
-    argnums: int | tuple[int, ...] = 0,
-    has_aux: bool = False,
-) -> Callable[..., tuple[Any, PyTree, AdjointReport]]:
-    """``jax.value_and_grad`` that also returns the report of the adjoint solve.
-
-    Args:
-      loss: scalar function that takes ``probe`` as keyword and hands it to a solve.
-      argnums: as in ``jax.value_and_grad``.
-      has_aux: as in ``jax.value_and_grad``.
-
-    Returns:
-      ``(*args, **kwargs) -> (value, grads, report)``. Several solves with one probe add
-      their reports up. A report of zeros says that no adjoint was solved.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> solve = rbp_solve(lambda a, x, h: a * h + x)
-      >>> def loss(a, x, probe):
-      ...     return jnp.sum(solve(a, x, jnp.zeros(1), probe=probe).value)
-      >>> value, grad, report = value_and_grad(loss)(jnp.array([0.5]), jnp.ones(1))
-      >>> grad.round(6).tolist(), float(report.converged)
-      ([4.0], 1.0)
-    """
-
-    def with_report(*args: Any, **kwargs: Any) -> tuple[Any, PyTree, AdjointReport]:
-        def probed(probe: AdjointReport, *args: Any) -> Any:
-            return loss(*args, probe=probe, **kwargs)
-
-        single = isinstance(argnums, int)
-        wanted = tuple(
-            i % len(args) + 1 for i in ((argnums,) if single else tuple(argnums))
-        )
-        value, (report, *grads) = jax.value_and_grad(
-            probed, argnums=(0, *wanted), has_aux=has_aux
-        )(AdjointReport.zeros(), *args)
-        return value, grads[0] if single else tuple(grads), report
-
-    return with_report
-
-
-def close(
-    f: StepFn, params: PyTree, inputs: PyTree, h: PyTree
-) -> tuple[ClosedStep, PyTree, PyTree]:
-    """Full closure conversion: ``(step, args, h)`` with f = step(args, ·).
-
-    f is traced once. All arrays that it closes over, integers and keys included, become
-    arguments, without which ``custom_vjp`` could not give them gradients. h is checked
-    against f's output, and its leaves made strongly typed arrays.
-    """
-    h = jax.tree.map(_state_leaf, h)
-    if not jax.tree.leaves(h):
-        raise ValueError(f"`h0` must have at least one array; got {h!r}.")
-    trace = jax.make_jaxpr(f, return_shape=True)
-    jaxpr, out = trace(params, inputs, h)
-    _check_like(out, h, "`f`'s output", "`h0`")
-    axes = tree.varying_axes(jaxpr.out_avals)
-    if axes - tree.varying_axes(map(jax.typeof, jax.tree.leaves(h))):
-        h = tree.vary(h, axes)  # inside shard_map, f's output varies where h did not
-        jaxpr, _ = trace(params, inputs, h)
-    treedef = jax.tree.structure(h)
-
-    def step(args: PyTree, h: PyTree) -> PyTree:
-        consts, params, inputs = args
-        call = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr.jaxpr, consts))
-        image = call(*jax.tree.leaves((params, inputs, h)))
-        return tree.vary_like(jax.tree.unflatten(treedef, image), h)
-
-    return step, (tuple(jaxpr.consts), params, inputs), h
-
-
-def apply_rule(rule: BackwardRule, vjp: LinearMap, cotangent: PyTree) -> Solution:
-    """``rule(vjp, cotangent)``, checked to be a solution like the cotangent."""
-    solution = rule(vjp, cotangent)
-    return check_solution(solution, cotangent, f"the backward rule {rule!r}")
-
-
-def check_solution(solution: object, like: PyTree, source: str) -> Solution:
-    """``solution`` with array fields, or ValueError if it is not one for ``like``."""
-    if not isinstance(solution, Solution):
-        raise ValueError(
-            f"{source} must return rbpjax.Solution(value, num_steps, residual, "
-            f"converged); got {type(solution).__name__}."
-        )
-    _check_like(solution.value, like, f"the value returned by {source}", "the start")
-    value, *diagnostics = solution
-    return Solution(value, *map(jnp.asarray, diagnostics))
-
-
-def _check_like(x: PyTree, like: PyTree, name: str, like_name: str) -> None:
-    """Raises ValueError unless both have the same structure, shapes and dtypes."""
-    show = lambda t: jax.tree.map(lambda a: jax.typeof(a).str_short(), t)
-    describe = lambda t: jax.tree.map(lambda a: (jnp.shape(a), jnp.result_type(a)), t)
-    try:
-        same = describe(x) == describe(like)
-        shown = show(x)
-    except TypeError:  # a leaf that is no array
-        same, shown = False, x
-    if not same:
-        raise ValueError(
-            f"{name} must have the structure, shapes and dtypes of {like_name}; got "
-            f"{shown} for {show(like)}. A step that returns (h, output) must select h; "
-            "one that promotes the dtype must cast its result back."
-        )
-
-
-def _state_leaf(x: object) -> jax.Array:
-    """A leaf of the state as a strongly typed array; ValueError if it is not real."""
-    try:
-        x = jnp.asarray(x)
-    except TypeError:
-        raise ValueError(
-            f"`h0` must be a pytree of arrays; got a leaf of type {type(x).__name__}. "
-            "Put what is not an array into f itself."
-        ) from None
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
-        raise ValueError(
-            f"`h0` must be made of floating-point or complex arrays; got {x.dtype}"
-            f"{list(x.shape)}. Cast it, or move integers and keys into `inputs`."
-        )
-    return lax.convert_element_type(x, x.dtype) if x.weak_type else x
-
-
-def _as_probe(probe: AdjointReport | None, h: PyTree) -> AdjointReport | None:
-    """The probe as arrays, varying over devices as the state does."""
-    if probe is None:
-        return None
-    if not isinstance(probe, AdjointReport):
-        raise ValueError(
-            "`probe` must be an AdjointReport, such as AdjointReport.zeros(); got "
-            f"{type(probe).__name__}."
-        )
-    for name, leaf in zip(probe._fields, map(jnp.asarray, probe), strict=True):
-        if leaf.shape or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(
-                f"`probe.{name}` must be a floating-point scalar here; got "
-                f"{leaf.dtype}{list(leaf.shape)}. Map over probes with jax.vmap, or "
-                "scan over them, one for each solve."
-            )
-    return tree.vary_like(AdjointReport(*map(jnp.asarray, probe)), h)

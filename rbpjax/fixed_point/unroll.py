@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from rbpjax.fixed_point import tree
+from rbpjax.fixed_point.closing import close
 from rbpjax.fixed_point.forward import relative_change
-from rbpjax.fixed_point.solve import AdjointReport, close
+from rbpjax.fixed_point.report import AdjointReport
 from rbpjax.types import PyTree, Solution, StepFn
 
 

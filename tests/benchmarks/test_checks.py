@@ -12,19 +12,6 @@ from benchmarks import fuzz, harness
 from benchmarks.__main__ import main
 
 
-@pytest.fixture(autouse=True)
-def as_a_user_and_apart(tmp_path, monkeypatch):
-    """Benchmarks run with JAX's defaults, and here into a folder of their own."""
-    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(harness, "CHECKPOINTS", tmp_path / "checkpoints")
-    with (
-        jax.enable_x64(False),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
-        yield
-
-
 def test_no_verdict_of_the_fuzz_is_wrong():
     """300 problems: nothing silently wrong, no false alarm, no misreported residual."""
     assert main(["fuzz", "--problems", "300", "--group", "50", "--seed", "1"]) == 0

@@ -16,18 +16,10 @@ QUICK = ("--epochs", "4", "--hidden", "8", "--seeds", "0", "1", "--no-sweep")
 
 
 @pytest.fixture(autouse=True)
-def as_a_user_and_apart(tmp_path, monkeypatch):
-    """Benchmarks run with JAX's defaults, and here into a folder of their own."""
-    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(harness, "CHECKPOINTS", tmp_path / "checkpoints")
+def quick(monkeypatch):
+    """Few draws and evaluations."""
     monkeypatch.setattr(hopfield, "DRAWS", 2)
     monkeypatch.setattr(hopfield, "BLOCKS", 2)
-    with (
-        jax.enable_x64(False),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
-        yield
 
 
 def run(*arguments) -> dict:

@@ -11,19 +11,6 @@ from benchmarks.__main__ import main
 from rbpjax.unitary import identity, modulus
 
 
-@pytest.fixture(autouse=True)
-def as_a_user_and_apart(tmp_path, monkeypatch):
-    """Benchmarks run with JAX's defaults, and here into a folder of their own."""
-    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(harness, "CHECKPOINTS", tmp_path / "checkpoints")
-    with (
-        jax.enable_x64(False),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
-        yield
-
-
 def run(part, *arguments):
     assert main(["unitary", "--parts", part, *arguments]) == 0
     name = f"unitary-{part}-custom"

@@ -1,0 +1,19 @@
+"""Benchmarks as a user runs them, but into a folder of the test's own."""
+
+import jax
+import pytest
+
+from benchmarks import harness
+
+
+@pytest.fixture(autouse=True)
+def as_a_user_and_apart(tmp_path, monkeypatch):
+    """JAX's default numerics, and results and checkpoints that vanish afterwards."""
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(harness, "CHECKPOINTS", tmp_path / "checkpoints")
+    with (
+        jax.enable_x64(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        yield

@@ -1,0 +1,137 @@
+"""Training as a fixed point: hypergradients in closed form, and the zero ones."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import rbpjax
+from rbpjax import Adaptive, CGNormal, FixedPointIteration, optimizer_step
+from tests.problems import CONVERGED_RTOL, assert_close
+
+N = 6
+_random = np.random.default_rng(0)
+_root = _random.normal(size=(N, N))
+A = jnp.asarray(_root @ _root.T / N + 0.5 * np.eye(N))  # condition about 10
+B, TARGET = jnp.asarray(_random.normal(size=(2, N)))
+PARAMS = {
+    "decay": jnp.asarray(_random.uniform(0.1, 1.0, N)),
+    "rate": jnp.array(0.1),
+    "momentum": jnp.array(0.6),
+}
+
+
+def loss(params, inputs, weights):
+    quadratic = 0.5 * weights @ inputs["a"] @ weights - inputs["b"] @ weights
+    return quadratic + 0.5 * jnp.sum(params["decay"] * weights**2)
+
+
+def make(params):
+    return optax.sgd(params["rate"], params["momentum"])
+
+
+INPUTS = {"a": A, "b": B}
+STEP = optimizer_step(loss, make)
+
+
+def start(params):
+    return jnp.zeros(N), make(params).init(jnp.zeros(N))
+
+
+def validation(solve):
+    """0.5 ‖w* - target‖² as a function of hyperparameters and data."""
+
+    def of(params, inputs):
+        weights = solve(params, inputs, start(params)).value[0]
+        return 0.5 * jnp.sum((weights - TARGET) ** 2)
+
+    return of
+
+
+def closed_form():
+    """W* = (A + Λ)⁻¹b: u = (A + Λ)⁻¹(w* - t); ∂/∂λ = -u w*, ∂/∂b = u, ∂/∂A = -u w*ᵀ.
+
+    A enters as wᵀAw / 2, so that its gradient is the symmetric part.
+    """
+    matrix = A + jnp.diag(PARAMS["decay"])
+    w = jnp.linalg.solve(matrix, B)
+    u = jnp.linalg.solve(matrix, w - TARGET)
+    outer = -jnp.outer(u, w)
+    return w, -u * w, {"a": 0.5 * (outer + outer.T), "b": u}
+
+
+@pytest.mark.parametrize("rule", [Adaptive(tol=1e-12), CGNormal(tol=1e-12)])
+def test_hypergradients_are_those_of_the_closed_form(rule):
+    """Decay and data through a trained network, by momentum: J is not symmetric."""
+    forward = FixedPointIteration(max_steps=5000, tol=1e-14)
+    solve = rbpjax.rbp_solve(STEP, forward=forward, backward=rule)
+    w, decay_bar, inputs_bar = closed_form()
+    solution = jax.jit(solve)(PARAMS, INPUTS, start(PARAMS))
+    assert solution.converged
+    chex.assert_trees_all_close(solution.value[0], w, rtol=1e-11)
+    got = jax.jit(jax.grad(validation(solve), (0, 1)))(PARAMS, INPUTS)
+    assert_close((got[0]["decay"], got[1]), (decay_bar, inputs_bar), CONVERGED_RTOL)
+
+
+def test_step_size_and_momentum_have_no_hypergradient_at_a_minimum():
+    """They do not move it: zero there, and not zero on the unfinished path."""
+    forward = FixedPointIteration(max_steps=5000, tol=1e-14)
+    solve = rbpjax.rbp_solve(STEP, forward=forward)
+    there = jax.jit(jax.grad(validation(solve)))(PARAMS, INPUTS)
+    path = jax.jit(jax.grad(validation(rbpjax.bptt(STEP, 8))))(PARAMS, INPUTS)
+    for name in ("rate", "momentum"):
+        # ∇loss and the momentum's trace vanish with the forward residual, 1e-14.
+        assert jnp.abs(there[name]) < 1e-11
+        assert jnp.abs(path[name]) > 1e-3
+
+
+def test_the_step_is_the_optimizers_own():
+    """Five applications are five updates of optax."""
+    h = (weights, state) = start(PARAMS)
+    for _ in range(5):
+        h = STEP(PARAMS, INPUTS, h)
+        grads = jax.grad(lambda w: loss(PARAMS, INPUTS, w))(weights)
+        updates, state = make(PARAMS).update(grads, state)
+        weights = optax.apply_updates(weights, updates)
+    chex.assert_trees_all_equal(h, (weights, state))
+    assert jnp.linalg.norm(weights) > 0.1
+
+
+def test_weights_may_be_any_pytree_and_the_optimizer_any_chain():
+    """Decoupled decay by optax.add_decayed_weights, layer by layer: in closed form."""
+
+    def make(params):
+        layers = {
+            name: optax.chain(optax.add_decayed_weights(params[name]), optax.sgd(0.2))
+            for name in ("u", "v")
+        }
+        return optax.partition(layers, {"u": "u", "v": "v"})
+
+    weights = {"u": jnp.zeros(2), "v": jnp.zeros((3, 1))}
+    goal = jax.tree.map(lambda w: w + 3.0, weights)
+    plain = lambda params, inputs, w: (
+        optax.tree.norm(jax.tree.map(jnp.subtract, w, inputs), squared=True) / 2
+    )
+    params = {"u": jnp.array(0.5), "v": jnp.array(2.0)}
+    solve = rbpjax.rbp_solve(optimizer_step(plain, make))
+
+    def total(params):
+        h = solve(params, goal, (weights, make(params).init(weights))).value
+        return optax.tree.sum(h[0])
+
+    # w* = 3 / (1 + decay) in each of 2 and 3 entries.
+    want = {"u": jnp.array(-6 / 1.5**2), "v": jnp.array(-9 / 9.0)}
+    chex.assert_trees_all_close(jax.jit(jax.grad(total))(params), want, rtol=1e-9)
+
+
+def test_a_counter_in_the_state_is_refused():
+    """Adam's bias correction never comes to rest: said by name, with a remedy."""
+    adam = lambda params: optax.adam(params["rate"])
+    f = optimizer_step(loss, adam)
+    h = (jnp.zeros(N), adam(PARAMS).init(jnp.zeros(N)))
+    with pytest.raises(ValueError, match=r"state\[0\]\.count is int32.*optax.sgd"):
+        f(PARAMS, INPUTS, h)
+    with pytest.raises(ValueError, match=r"`h` must be \(weights, state\).*got "):
+        f(PARAMS, INPUTS, jnp.zeros(N))
