@@ -11,18 +11,11 @@ from benchmarks.__main__ import main
 
 
 @pytest.fixture(autouse=True)
-def as_a_user_and_apart(tmp_path, monkeypatch):
-    """Benchmarks run with JAX's defaults, and here into a folder of their own."""
-    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(harness, "CHECKPOINTS", tmp_path / "checkpoints")
-    with (
-        jax.enable_x64(False),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
-        perturb_tasks.make.cache_clear()
-        yield
-        perturb_tasks.make.cache_clear()
+def fresh_tasks():
+    """Tasks are made once a process: not those of another test."""
+    perturb_tasks.make.cache_clear()
+    yield
+    perturb_tasks.make.cache_clear()
 
 
 QUICK = ("--budget", "320", "--units", "4", "--seeds", "0")
