@@ -247,7 +247,7 @@ def _judge(
 class Fuzz:
     """Count gradients that are wrong although the report says converged."""
 
-    problems: int = 10_000
+    problems: int = 20_000
     """How many; rounded up to whole groups."""
     seed: int = 0
     """Of the generator."""
