@@ -7,6 +7,7 @@ import sys
 import tyro
 
 from benchmarks import (
+    citation,
     families,
     fuzz,
     hopfield,
@@ -20,6 +21,7 @@ from benchmarks.harness import UsageError
 
 # An experiment is one dataclass: its fields are the options, its ``run`` does the work.
 COMMANDS = {
+    "citation": citation.Citation,
     "families": families.Families,
     "fuzz": fuzz.Fuzz,
     "hopfield": hopfield.Hopfield,

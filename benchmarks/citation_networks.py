@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import scipy.sparse
 from flax import nnx
 from jax.experimental import sparse
@@ -32,7 +33,7 @@ class Convergent(nnx.Module):
     drive and the fixed point, outside the recurrence, which so stays one function.
     """
 
-    hidden, units, gain, dropout, decay = 64, 16, 0.9, 0.7, 5e-3
+    hidden, units, gain, dropout, decay = 64, 32, 0.9, 0.7, 2e-2
 
     def __init__(self, num_features: int, num_classes: int, rngs: nnx.Rngs) -> None:
         init = nnx.initializers.glorot_uniform()
@@ -53,6 +54,15 @@ class Convergent(nnx.Module):
         features = scipy.sparse.diags_array(1 / size) @ features
         edges = normalized_adjacency(graph.edges, len(graph.labels))
         return edges, sparse.BCOO.from_scipy_sparse(scipy.sparse.csr_array(features))
+
+    @staticmethod
+    def optimizer(learning_rate: float) -> optax.GradientTransformation:
+        """Adam, with a tenth of the step for W: it starts where it is useful."""
+        is_cell = lambda params: jax.tree_util.tree_map_with_path(
+            lambda path, _: "cell" in jax.tree_util.keystr(path), params
+        )
+        slower = optax.masked(optax.scale(0.1), is_cell)
+        return optax.chain(optax.adam(learning_rate), slower)
 
     def problem(
         self, inputs: tuple[Graph, sparse.BCOO], key: jax.Array | None
@@ -110,6 +120,12 @@ class Paper(nnx.Module):
         ones = np.ones(len(senders), np.float32)
         edges = Graph(*map(jnp.asarray, (senders, receivers, ones)))
         return edges, jnp.asarray(reduced, jnp.float32)
+
+    @staticmethod
+    def optimizer(learning_rate: float) -> optax.GradientTransformation:
+        """SGD with momentum 0.9 and weight decay 5e-4, as in the paper's code."""
+        sgd = optax.sgd(learning_rate, momentum=0.9)
+        return optax.chain(optax.add_decayed_weights(5e-4), sgd)
 
     def problem(
         self, inputs: tuple[Graph, jax.Array], key: jax.Array | None
