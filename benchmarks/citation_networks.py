@@ -179,8 +179,10 @@ def linear_baselines(graph: Planetoid, split: tuple) -> dict[str, float]:
 
     adjacency, bag = Convergent.inputs(graph)
     nodes = len(graph.labels)
-    coo = (adjacency.weights, (adjacency.receivers, adjacency.senders))
-    matrix = scipy.sparse.csr_array(jax.tree.map(np.asarray, coo), shape=(nodes, nodes))
+    entries = (adjacency.weights, (adjacency.receivers, adjacency.senders))
+    matrix = scipy.sparse.csr_array(
+        jax.tree.map(np.asarray, entries), shape=(nodes, nodes)
+    )
     entries = (np.asarray(bag.data), tuple(np.asarray(bag.indices).T))
     features = scipy.sparse.csr_array(entries, shape=bag.shape)
     train, validation, test = split
