@@ -1,0 +1,131 @@
+"""Adam on hyperparameters by hypergradients: what the trained parts share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import rbpjax
+from benchmarks import data
+from benchmarks.harness import Checkpoint, progress
+
+BLOCKS = 4  # checkpoints of one descent
+
+# (hyperparameters, data, start, probe) -> (outer loss, (solution, measures)).
+OuterLoss = Callable[..., tuple[jax.Array, tuple[rbpjax.Solution, dict]]]
+
+
+def images(dataset: str, seed: int, sizes: Sequence[int]) -> list[tuple[Any, Any]]:
+    """Disjoint sets of images ``[n, pixels]`` and labels; what is left comes last.
+
+    Pixels are centred, and scaled so that the mean of ‖x‖² is 1. Of MNIST, the first
+    10,000 training images are used.
+    """
+    if dataset == "mnist":
+        pixels, labels = (part[:10_000] for part in data.mnist())
+    else:
+        pixels, labels = data.digits()
+    x = pixels.reshape(len(pixels), -1).astype(np.float32)
+    x -= x.mean(0)
+    x /= np.sqrt((x**2).sum(1).mean())
+    order = np.random.default_rng(seed).permutation(len(x))
+    parts = np.split(order, np.cumsum(sizes))
+    return [(x[part], labels[part].astype(np.int32)) for part in parts]
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """One number an example."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Fraction of right answers."""
+    return jnp.mean(logits.argmax(-1) == labels)
+
+
+class Descent:
+    """Adam on the outer loss; compiled once for all seeds.
+
+    Each solve starts from the last one's solution if ``warm``, else from the start.
+    """
+
+    def __init__(self, outer: OuterLoss, adam: optax.GradientTransformation, warm=True):
+        """``outer`` hands its probe to the solve."""
+        self.adam = adam
+        self.gradient = rbpjax.value_and_grad(outer, has_aux=True)
+
+        def update(given: Any, start: Any, state: tuple, _: Any) -> tuple[tuple, dict]:
+            params, moments, h = state
+            (value, aux), grads, report = self.gradient(params, given, h)
+            solution, measures = aux
+            updates, moments = adam.update(grads, moments)
+            row = measures | {
+                "outer_loss": value,
+                "forward_steps": solution.num_steps,
+                "forward_residual": solution.residual,
+                "adjoint_steps": report.num_steps,
+                # Nothing is solved by BPTT, and the report has a cotangent of zero.
+                "adjoint_residual": jnp.where(
+                    report.cotangent_norm > 0, report.residual, jnp.nan
+                ),
+            }
+            row = {k: jnp.asarray(v, jnp.float32) for k, v in row.items()}
+            h = solution.value if warm else start
+            return (optax.apply_updates(params, updates), moments, h), row
+
+        def steps(given: Any, start: Any, state: tuple, length: int) -> tuple:
+            return jax.lax.scan(partial(update, given, start), state, length=length)
+
+        self.block = jax.jit(steps, static_argnums=3)
+        self.compiled: dict[int, Callable] = {}  # by the number of steps
+
+    def run(
+        self,
+        name: str,
+        given: Any,
+        params: Any,
+        start: Any,
+        num_steps: int,
+        checkpoint: Checkpoint,
+    ) -> tuple[Any, dict[str, np.ndarray], float]:
+        """The last hyperparameters, a row a step (and the end's), seconds a step."""
+        state = (params, self.adam.init(params), start)
+        ends = np.unique(np.linspace(0, num_steps, BLOCKS + 1).astype(int))
+        row = jax.eval_shape(partial(self.block, length=1), given, start, state)[1]
+        rows = {k: jnp.zeros(num_steps) for k in row}
+        spent = jnp.zeros(())
+        done, saved = checkpoint.restore(name, (state, rows, spent))
+        state, rows, spent = saved
+        for i in progress(range(done, len(ends) - 1), len(ends) - 1, name, done):
+            begin, end = int(ends[i]), int(ends[i + 1])
+            compiled = self.compiled.get(end - begin)
+            if compiled is None:  # not in the time of the first block
+                compiled = self.block.lower(given, start, state, end - begin).compile()
+                self.compiled[end - begin] = compiled
+            clock = time.perf_counter()
+            state, new = jax.block_until_ready(compiled(given, start, state))
+            spent += time.perf_counter() - clock
+            rows = {k: r.at[begin:end].set(new[k]) for k, r in rows.items()}
+            checkpoint.save(name, i + 1, (state, rows, spent))
+        last = self.block(given, start, state, 1)[1]
+        table = {k: np.append(r, last[k]) for k, r in rows.items()}
+        return state[0], table, float(spent) / num_steps
+
+
+def collect(histories: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """``[seed, step]`` of each measure."""
+    return {k: np.stack([h[k] for h in histories]) for k in histories[0]}
+
+
+def paired(values: Sequence[float], baseline: Sequence[float]) -> tuple[float, float]:
+    """Mean of the differences over seeds, and its standard error."""
+    difference = np.subtract(values, baseline)
+    error = difference.std(ddof=1) / len(difference) ** 0.5 if len(values) > 1 else 0.0
+    return float(difference.mean()), float(error)
