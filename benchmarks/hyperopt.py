@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from benchmarks import hyperopt_cleaning as cleaning
+from benchmarks import hyperopt_decay as decay
 from benchmarks import hyperopt_quadratics as quadratics
 from benchmarks.harness import (
     Checkpoint,
@@ -28,7 +29,7 @@ from benchmarks.harness import (
     write_json,
 )
 
-PARTS = {"cleaning": cleaning, "quadratics": quadratics}
+PARTS = {"cleaning": cleaning, "decay": decay, "quadratics": quadratics}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +69,7 @@ class Hyperopt:
                 "command": f"python -m benchmarks hyperopt --parts {part}{dataset}",
                 "options": options,
                 "environment": environment(),
-                **room.measure(
-                    self.dataset, self.seeds, options["steps"], checkpoint
-                ),
+                **room.measure(self.dataset, self.seeds, options["steps"], checkpoint),
             }
         path = write_json(name, content)
         checkpoint.clear()

@@ -133,9 +133,7 @@ def measure(
     """All rules on all seeds."""
     problems = {seed: make(dataset, seed) for seed in seeds}
     first = problems[seeds[0]]
-    descents = {
-        rule: Descent(outer(RULES[rule]), optax.adam(RATE)) for rule in RULES
-    }
+    descents = {rule: Descent(outer(RULES[rule]), optax.adam(RATE)) for rule in RULES}
     result: dict[str, Any] = {
         "sizes": [len(first.x), len(first.validation[1]), len(first.test[1])],
         "ridge": RIDGE,
