@@ -18,6 +18,7 @@ import jax
 
 from benchmarks import hyperopt_cleaning as cleaning
 from benchmarks import hyperopt_decay as decay
+from benchmarks import hyperopt_paper as paper
 from benchmarks import hyperopt_quadratics as quadratics
 from benchmarks.harness import (
     Checkpoint,
@@ -29,7 +30,12 @@ from benchmarks.harness import (
     write_json,
 )
 
-PARTS = {"cleaning": cleaning, "decay": decay, "quadratics": quadratics}
+PARTS = {
+    "cleaning": cleaning,
+    "decay": decay,
+    "quadratics": quadratics,
+    "paper": paper,
+}
 
 
 @dataclasses.dataclass(frozen=True)

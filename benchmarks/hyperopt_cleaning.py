@@ -201,7 +201,7 @@ def references(problems: dict[int, Cleaning]) -> dict[str, dict[str, list[float]
         return jnp.full(len(y), large), given._replace(x=x, y=y, wrong=wrong)
 
     return {
-        "all labels, equal weights": of(lambda g: start(g)[:1] + (g,)),
+        "all labels, equal weights": of(lambda g: (start(g)[0], g)),
         "the right labels alone": of(only_right),
         "the validation images alone": of(only_validation),
     }

@@ -265,6 +265,6 @@ def draw(result: dict[str, Any], name: str) -> Any:
         ax.set_xlabel("outer steps")
     seeds = len(result["options"]["seeds"])
     fig.suptitle(
-        f"Weight decay of layers: mean and range over {seeds} seeds; dashed: best common"
+        f"Decay of layers: mean and range over {seeds} seeds; dashed: best common decay"
     )
     return save_figure(fig, name)

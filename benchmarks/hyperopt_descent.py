@@ -22,19 +22,23 @@ BLOCKS = 4  # checkpoints of one descent
 OuterLoss = Callable[..., tuple[jax.Array, tuple[rbpjax.Solution, dict]]]
 
 
-def images(dataset: str, seed: int, sizes: Sequence[int]) -> list[tuple[Any, Any]]:
+def images(
+    dataset: str, seed: int, sizes: Sequence[int], unit: bool = True
+) -> list[tuple[Any, Any]]:
     """Disjoint sets of images ``[n, pixels]`` and labels; what is left comes last.
 
-    Pixels are centred, and scaled so that the mean of ‖x‖² is 1. Of MNIST, the first
-    10,000 training images are used.
+    Pixels are centred, and scaled so that the mean of ‖x‖² is 1 (``unit``), or else
+    black is 1. Of MNIST, the first 10,000 training images are used.
     """
     if dataset == "mnist":
         pixels, labels = (part[:10_000] for part in data.mnist())
     else:
         pixels, labels = data.digits()
     x = pixels.reshape(len(pixels), -1).astype(np.float32)
+    x /= x.max()
     x -= x.mean(0)
-    x /= np.sqrt((x**2).sum(1).mean())
+    if unit:
+        x /= np.sqrt((x**2).sum(1).mean())
     order = np.random.default_rng(seed).permutation(len(x))
     parts = np.split(order, np.cumsum(sizes))
     return [(x[part], labels[part].astype(np.int32)) for part in parts]

@@ -154,7 +154,8 @@ def measure(
     """Every rule on every problem: error by budget, and products to a residual."""
     del dataset, num_steps, checkpoint  # two minutes, and nothing is trained
     cases = [(o, r) for o in OPTIMIZERS for r in RULES if _applies(o, r)]
-    result: dict[str, Any] = {"size": SIZE, "products": PRODUCTS, "target": TARGET}
+    result: dict[str, Any] = {"size": SIZE, "target": TARGET}
+    result["budgets"] = PRODUCTS  # of steps for the default rule, else of products
     result["cases"] = {f"{o}, κ = {c}": {} for o in OPTIMIZERS for c in CONDITIONS}
     for optimizer, name in progress(cases, len(cases), "quadratics"):
         problems = jax.tree.map(
@@ -182,6 +183,7 @@ def measure(
             part = slice(i * len(seeds), (i + 1) * len(seeds))
             result["cases"][f"{optimizer}, κ = {condition}"][name] = {
                 "error": by_budget["error"][:, part],
+                "products": by_budget["products"][:, part],
                 "to_target": {k: v[part] for k, v in target.items()},
             }
     return result
@@ -218,9 +220,10 @@ def draw(result: dict[str, Any], name: str) -> Any:
         for rule, entry in entries.items():
             i = list(RULES).index(rule)
             error = np.median(np.array(entry["error"], float), axis=1)
+            products = np.median(entry["products"], axis=1)
             style = {"ls": ("-", "--")[i % 2], "color": f"C{i}", "marker": "o"}
             shown = np.clip(error, 1e-16, 1e3)
-            ax.loglog(result["products"], shown, ms=2.5, lw=1.2, label=rule, **style)
+            ax.loglog(products, shown, ms=2.5, lw=1.2, label=rule, **style)
         ax.set(title=case, ylim=(1e-15, 1e4))
     for ax in axes[-1]:
         ax.set_xlabel("products with J or Jᵀ")
