@@ -26,7 +26,6 @@ from benchmarks.harness import (
     mean_std,
     save_figure,
     spread,
-    temporary_bytes,
 )
 from benchmarks.hyperopt_descent import (
     Descent,
@@ -35,6 +34,7 @@ from benchmarks.hyperopt_descent import (
     cross_entropy,
     images,
     paired,
+    temporary_bytes,
 )
 from rbpjax import Adaptive, FixedPointIteration, Neumann
 
@@ -151,11 +151,12 @@ def measure(
             histories.append(history)
             seconds.append(spent)
         at = start(first)[0], first, start(first)[1]
-        calls[rule] = partial(jax.jit(descent.gradient), *at)
+        gradient = jax.jit(descent.gradient).lower(*at).compile()
+        calls[rule] = partial(gradient, *at)
         result["rules"][rule] = {
             "history": collect(histories),
             "seconds": seconds,
-            "temporary_bytes": temporary_bytes(descent.gradient, *at),
+            "temporary_bytes": temporary_bytes(gradient),
         }
     for rule, times in interleaved_times(calls, 5).items():
         result["rules"][rule]["cold_seconds"] = spread(times)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -17,6 +16,13 @@ from benchmarks import data
 from benchmarks.harness import Checkpoint, progress
 
 BLOCKS = 4  # checkpoints of one descent
+MEASURES = (
+    "outer_loss",
+    "forward_steps",
+    "forward_residual",
+    "adjoint_steps",
+    "adjoint_residual",
+)
 
 # (hyperparameters, data, start, probe) -> (outer loss, (solution, measures)).
 OuterLoss = Callable[..., tuple[jax.Array, tuple[rbpjax.Solution, dict]]]
@@ -65,8 +71,8 @@ class Descent:
         self.adam = adam
         self.gradient = rbpjax.value_and_grad(outer, has_aux=True)
 
-        def update(given: Any, start: Any, state: tuple, _: Any) -> tuple[tuple, dict]:
-            params, moments, h = state
+        def update(i: jax.Array, carry: tuple, given: Any, start: Any) -> tuple:
+            (params, moments, h), rows = carry
             (value, aux), grads, report = self.gradient(params, given, h)
             solution, measures = aux
             updates, moments = adam.update(grads, moments)
@@ -80,15 +86,15 @@ class Descent:
                     report.cotangent_norm > 0, report.residual, jnp.nan
                 ),
             }
-            row = {k: jnp.asarray(v, jnp.float32) for k, v in row.items()}
+            rows = {k: rows[k].at[i].set(row[k]) for k in rows}
             h = solution.value if warm else start
-            return (optax.apply_updates(params, updates), moments, h), row
+            return (optax.apply_updates(params, updates), moments, h), rows
 
-        def steps(given: Any, start: Any, state: tuple, length: int) -> tuple:
-            return jax.lax.scan(partial(update, given, start), state, length=length)
+        def block(begin: Any, end: Any, carry: tuple, given: Any, start: Any) -> tuple:
+            step = lambda i, carry: update(i, carry, given, start)
+            return jax.lax.fori_loop(begin, end, step, carry)
 
-        self.block = jax.jit(steps, static_argnums=3)
-        self.compiled: dict[int, Callable] = {}  # by the number of steps
+        self.block = jax.jit(block)
 
     def run(
         self,
@@ -101,26 +107,29 @@ class Descent:
     ) -> tuple[Any, dict[str, np.ndarray], float]:
         """The last hyperparameters, a row a step (and the end's), seconds a step."""
         state = (params, self.adam.init(params), start)
+        measures = jax.eval_shape(self.gradient, params, given, start)[0][1][1]
+        rows = {k: jnp.zeros(num_steps + 1) for k in (*measures, *MEASURES)}
+        data = (given, start)
         ends = np.unique(np.linspace(0, num_steps, BLOCKS + 1).astype(int))
-        row = jax.eval_shape(partial(self.block, length=1), given, start, state)[1]
-        rows = {k: jnp.zeros(num_steps) for k in row}
-        spent = jnp.zeros(())
-        done, saved = checkpoint.restore(name, (state, rows, spent))
-        state, rows, spent = saved
+        done, saved = checkpoint.restore(name, ((state, rows), jnp.zeros(())))
+        carry, spent = saved
+        if done == 0:  # compiles
+            jax.block_until_ready(self.block(0, 0, carry, *data))
         for i in progress(range(done, len(ends) - 1), len(ends) - 1, name, done):
-            begin, end = int(ends[i]), int(ends[i + 1])
-            compiled = self.compiled.get(end - begin)
-            if compiled is None:  # not in the time of the first block
-                compiled = self.block.lower(given, start, state, end - begin).compile()
-                self.compiled[end - begin] = compiled
             clock = time.perf_counter()
-            state, new = jax.block_until_ready(compiled(given, start, state))
+            carry = self.block(int(ends[i]), int(ends[i + 1]), carry, *data)
+            jax.block_until_ready(carry)
             spent += time.perf_counter() - clock
-            rows = {k: r.at[begin:end].set(new[k]) for k, r in rows.items()}
-            checkpoint.save(name, i + 1, (state, rows, spent))
-        last = self.block(given, start, state, 1)[1]
-        table = {k: np.append(r, last[k]) for k, r in rows.items()}
-        return state[0], table, float(spent) / num_steps
+            checkpoint.save(name, i + 1, (carry, spent))
+        # One more for the measures at the end, not for its step.
+        _, rows = self.block(num_steps, num_steps + 1, carry, *data)
+        table = {k: np.asarray(r) for k, r in rows.items()}
+        return carry[0][0], table, float(spent) / num_steps
+
+
+def temporary_bytes(compiled: Any) -> int:
+    """What a compiled function asks for, next to its arguments and results."""
+    return int(compiled.memory_analysis().temp_size_in_bytes)
 
 
 def collect(histories: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

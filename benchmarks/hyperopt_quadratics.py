@@ -215,7 +215,8 @@ def rows(result: dict[str, Any]) -> list[dict[str, str]]:
 
 def draw(result: dict[str, Any], name: str) -> Any:
     """Error against products, a panel a case."""
-    fig, axes = figure(9, 6, nrows=2, ncols=2, sharex=True, sharey=True)
+    shape = {"nrows": len(OPTIMIZERS), "ncols": len(CONDITIONS)}
+    fig, axes = figure(9, 6, **shape, sharex=True, sharey=True, squeeze=False)
     for ax, (case, entries) in zip(axes.flat, result["cases"].items(), strict=True):
         for rule, entry in entries.items():
             i = list(RULES).index(rule)
