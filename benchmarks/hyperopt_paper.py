@@ -138,7 +138,8 @@ def make(dataset: str, seed: int) -> Given:
 
 def start(given: Given, seed: int) -> tuple[dict[str, Layers], Any]:
     """Step sizes e⁻¹, momenta 1/2; the network at rest."""
-    layers = network(jax.random.key(seed), given["train"][0].shape[1])
+    draw = jax.jit(partial(network, pixels=given["train"][0].shape[1]))
+    layers = draw(jax.random.key(seed))
     constant = lambda c: jax.tree.map(lambda _: jnp.array(c), layers)
     params = {"step_size": constant(-1.0), "momentum": constant(0.0)}
     return params, (layers, momentum(params).init(layers))
@@ -157,7 +158,8 @@ def measure(
         "truncation": TRUNCATION,
         "methods": {},
     }
-    params, h = start(given, seeds[0])
+    starts = {seed: start(problem, seed) for seed, problem in problems.items()}
+    params, h = starts[seeds[0]]
     calls = {}
     exact = jax.jit(jax.grad(outer("BPTT"), has_aux=True))
     for method in METHODS:
@@ -166,7 +168,7 @@ def measure(
         estimate = jax.jit(descent.gradient).lower(params, given, h).compile()
         histories, seconds, cosines = [], [], {"start": [], "end": []}
         for seed, problem in problems.items():
-            first, h0 = start(problem, seed)
+            first, h0 = starts[seed]
             last, history, spent = descent.run(
                 f"{method} {seed}", problem, first, h0, num_steps, checkpoint
             )
