@@ -220,20 +220,21 @@ def dense(a: jax.Array, given: Cleaning) -> np.ndarray:
     w = jax.jit(solver(given, Neumann(0)))(a, given, start(given)[1]).value[0]
     loss = lambda a, w: inner_loss(a, given, w.reshape(-1, 10))
 
-    @jax.jit
-    def newton(w: jax.Array) -> jax.Array:
-        hessian = jax.hessian(loss, 1)(a, w)
-        return w - jnp.linalg.solve(hessian, jax.grad(loss, 1)(a, w))
+    x, y = given.validation
+    validation = lambda w: cross_entropy(x @ w.reshape(-1, 10), y).mean()
 
     @jax.jit
     def hypergradient(w: jax.Array) -> jax.Array:
-        x, y = given.validation
-        validation = lambda w: cross_entropy(x @ w.reshape(-1, 10), y).mean()
+        def newton(_: Any, w: jax.Array) -> jax.Array:
+            hessian = jax.hessian(loss, 1)(a, w)
+            return w - jnp.linalg.solve(hessian, jax.grad(loss, 1)(a, w))
+
+        w = jax.lax.fori_loop(0, 2, newton, w)
         hessian = jax.hessian(loss, 1)(a, w)
         u = jnp.linalg.solve(hessian, jax.grad(validation)(w))
         return -jax.grad(lambda a: jax.grad(loss, 1)(a, w) @ u)(a)
 
-    return np.asarray(hypergradient(newton(newton(jnp.ravel(w)))))
+    return np.asarray(hypergradient(jnp.ravel(w)))
 
 
 # --- what a person looks at ----------------------------------------------------------

@@ -106,6 +106,8 @@ class Descent:
         checkpoint: Checkpoint,
     ) -> tuple[Any, dict[str, np.ndarray], float]:
         """The last hyperparameters, a row a step (and the end's), seconds a step."""
+        # Weak types would be strong after the first block, and compile another one.
+        params = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), params)
         state = (params, self.adam.init(params), start)
         measures = jax.eval_shape(self.gradient, params, given, start)[0][1][1]
         rows = {k: jnp.zeros(num_steps + 1) for k in (*measures, *MEASURES)}

@@ -70,8 +70,9 @@ def test_a_resumed_descent_is_the_same(monkeypatch):
         solution = solve(p, given, h, probe=probe)
         return jnp.sum((solution.value - 1) ** 2), (solution, {"p": p[0]})
 
+    descent = hyperopt_descent.Descent(outer, optax.adam(0.1))
+
     def run():
-        descent = hyperopt_descent.Descent(outer, optax.adam(0.1))
         at = jnp.array([2.0, 3.0]), jnp.zeros(2), jnp.zeros(2)
         checkpoint = harness.Checkpoint("test", {}, fresh=False)
         return descent.run("toy", at[0], at[1], at[2], 10, checkpoint)
@@ -98,22 +99,6 @@ def test_a_resumed_descent_is_the_same(monkeypatch):
     # A row a step and the end's; the last measures belong to what is returned.
     assert len(table["outer_loss"]) == 11
     np.testing.assert_array_equal(table["p"][[0, -1]], [0.0, params[0]])
-
-
-def test_an_interrupted_run_says_how_to_go_on(monkeypatch, capsys):
-    """Exit code 130, and the checkpoint is there; no result."""
-    monkeypatch.setattr(hyperopt_descent, "BLOCKS", 1)
-
-    def stop(steps, *_):
-        yield next(iter(steps))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(hyperopt_descent, "progress", stop)
-    monkeypatch.setattr(hyperopt_cleaning, "references", lambda problems: {})
-    assert main(["hyperopt", "--parts", "cleaning", *QUICK]) == 130
-    assert "the same command goes on" in capsys.readouterr().err
-    assert list(harness.CHECKPOINTS.rglob("Adaptive 3/1"))
-    assert not harness.RESULTS.exists()
 
 
 def test_decay_is_measured():
