@@ -44,6 +44,12 @@ RATE = 0.1
 RIDGE = 1e-3
 MOMENTUM = 0.9
 TOL = 1e-8  # of the inner solve, and of the default rule
+TITLE = "Data cleaning, a weight for every example, half of the labels wrong"
+NOTE = (
+    "Training to its fixed point, Adam on the weights. Residuals are the largest of "
+    "the run; the cosine is that of the hypergradient with a dense solve, before "
+    "and after (first seed)."
+)
 X64 = True
 RULES = {
     "Adaptive": Adaptive(tol=TOL),
