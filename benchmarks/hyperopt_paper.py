@@ -46,7 +46,7 @@ from benchmarks.hyperopt_descent import (
 )
 from rbpjax import RBP, CGNormal, FixedPointIteration, Neumann
 
-TITLE = "The paper's set-up, step sizes and momenta through 100 steps: no fixed point"
+TITLE = "The paper's set-up, step sizes and momenta through 100 steps (no fixed point)"
 NOTE = (
     "An estimate for an unfinished path, whose gradient only BPTT has (at a fixed "
     "point these hypergradients are exactly zero); every step sees all training "

@@ -38,7 +38,8 @@ NOTE = (
     "Bilevel quadratics with 100 weights, float64, the best step size and momentum "
     "for each condition number κ; ! did not converge, and said so. For gradient "
     "descent J is symmetric, and plain CG a rule of four lines (its count is a "
-    "budget that sufficed). In parentheses the largest error of the hypergradient."
+    "budget that sufficed). In parentheses the largest error of the hypergradient; the "
+    "tolerance of the two RBP rules is relative to ‖z‖, so that they end earlier."
 )
 X64 = True
 STEPS = None  # nothing is trained

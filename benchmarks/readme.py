@@ -104,8 +104,9 @@ def hyperopt_tables() -> str:
         sizes = result.get("sizes", [])
         facts = f"{len(result['options']['seeds'])} seeds"
         if sizes:
-            facts += f" (mean ± standard deviation), {' + '.join(map(str, sizes))} "
-            facts += "digits to train on, to validate on where it does, and to test on"
+            uses = ("training", "validation", "test")[:: 4 - len(sizes)]
+            parts = (f"{n} {use}" for n, use in zip(sizes, uses, strict=True))
+            facts += f" (mean ± standard deviation), {', '.join(parts)} digits"
         ends = [room.differences(result)] if hasattr(room, "differences") else []
         note = " ".join([room.NOTE, f"{facts}.", *ends, _where(result)])
         made.append(f"{room.TITLE}:\n\n{table(room.rows(result))}\n\n{note}")
