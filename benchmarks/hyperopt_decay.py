@@ -3,8 +3,8 @@
 Inner: multinomial logistic regression on three layers side by side (pixels, 200 inputs
 of pure noise, bias), each with a weight decay of its own, exp(log decay) ‖w‖² / 2, on
 200 images. It is strongly convex, so that training has one fixed point and reaches it.
-(With decay, layers on top of each other have minima that are nearly flat in many
-directions: a tanh network did not come to rest within 20,000 steps.)
+(Layers on top of each other have, with decay, minima that are nearly flat in many
+directions, where training takes very long to come to rest.)
 """
 
 from __future__ import annotations
