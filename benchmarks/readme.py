@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import citation, families, hopfield, modes, perturb
+from benchmarks import citation, families, hopfield, hyperopt, modes, perturb
 from benchmarks.harness import mean_std, read_json, require, table
 
 README = Path(__file__).parent.parent / "README.md"
@@ -153,6 +153,23 @@ def citation_paper_table() -> str:
     )
 
 
+def hyperopt_tables() -> str:
+    """A table for each part, and what the other rules lose against the default."""
+    made = []
+    for part, room in hyperopt.PARTS.items():
+        result = read_json(f"hyperopt-{part}")
+        sizes = result.get("sizes", [])
+        facts = f"{len(result['options']['seeds'])} seeds"
+        if sizes:
+            uses = ("training", "validation", "test")[:: 4 - len(sizes)]
+            parts = (f"{n} {use}" for n, use in zip(sizes, uses, strict=True))
+            facts += f" (mean ± standard deviation), {', '.join(parts)} digits"
+        ends = [room.differences(result)] if hasattr(room, "differences") else []
+        note = " ".join([room.NOTE, f"{facts}.", *ends, _where(result)])
+        made.append(f"{room.TITLE}:\n\n{table(room.rows(result))}\n\n{note}")
+    return "\n\n".join(made)
+
+
 def _where(result: dict[str, Any]) -> str:
     """Where a result was measured."""
     where = result["environment"]
@@ -169,6 +186,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "families": families_table,
     "fuzz": fuzz_line,
     "hopfield": hopfield_table,
+    "hyperopt": hyperopt_tables,
     "modes": modes_table,
     "perturb": perturb_table,
 }
