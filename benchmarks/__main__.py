@@ -14,6 +14,7 @@ from benchmarks import (
     online,
     perturb,
     readme,
+    rules,
     unitary,
 )
 from benchmarks.harness import UsageError
@@ -26,6 +27,7 @@ COMMANDS = {
     "modes": modes.Modes,
     "online": online.Online,
     "perturb": perturb.Perturb,
+    "rules": rules.Rules,
     "unitary": unitary.Unitary,
     "readme": readme.Readme,
 }
