@@ -78,7 +78,7 @@ def overhead(options: Rules) -> dict[str, Any]:
 
     for name, make in RULES.items():
         rule = make(1e-6, problem.budget)
-        count = count_products(rule, partial(problem.f, *args), h, g)
+        count, _ = count_products(rule, partial(problem.f, *args), h, g)
         # A bare loop of as many products, each of the last one's result.
         bare = lambda vjp, g, n=count: lax.fori_loop(0, n, lambda _, v: vjp(v), g)
         solve = lambda vjp, g, rule=rule: rule(vjp, g).value
@@ -116,8 +116,8 @@ PARTS = {
 
 def count_products(
     rule: rbpjax.BackwardRule, step: Any, h: jax.Array, g: jax.Array
-) -> int:
-    """How many products with J or Jᵀ the rule executes, by a call from each."""
+) -> tuple[int, int]:
+    """Products with J or Jᵀ that the rule executes, by a call from each; its steps."""
     _, vjp = jax.vjp(step, h)
     _, jvp = jax.linearize(step, h)
     calls: list[int] = []
@@ -138,9 +138,10 @@ def count_products(
         lambda _, v: noted(jvp, v),
         (),
     )
-    # Only z: the product that measures the report is not part of the solve.
-    jax.block_until_ready(jax.jit(lambda g: rule(linear, g).value)(g))
-    return len(calls)
+    # Value and steps alone: the product that measures the residual is for its readers.
+    solution = jax.jit(lambda g: rule(linear, g)[:2])(g)
+    jax.block_until_ready(solution)
+    return len(calls), int(solution[1])
 
 
 def _solver(problem: Problem, steps: int, rule: rbpjax.BackwardRule) -> Any:
