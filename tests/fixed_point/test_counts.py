@@ -211,14 +211,14 @@ BIG = jnp.ones((64, 1024))
     ("rule", "states"),
     [
         # What the docstrings count, and the unit cotangent. XLA keeps a second copy of
-        # the basis, and of one half of the history, while it writes a row.
+        # GMRES's basis while it writes a row.
         (Neumann(20), 3),
         (Neumann(), 3),
         (CGNormal(), 7),
         (BiCGSTAB(), 9),
         (Adaptive(), 9),
         (GMRES(restart=10), 23),
-        (RBP(Anderson(memory=5)), 21),
+        (RBP(Anderson(memory=5)), 18),
     ],
     ids=repr,
 )
