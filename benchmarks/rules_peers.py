@@ -239,7 +239,8 @@ def methods() -> list[Method]:
     )
     pairs = [("", rule) for rule in RULES]
     pairs += [
-        ("Anderson + ", rule) for rule in ("Adaptive", "Neumann", "RBP(Anderson)")
+        ("Anderson + ", rule)
+        for rule in ("Adaptive", "RBP(Anderson)", "BiCGSTAB", "GMRES")
     ]
     made = [
         method("rbpjax", f + rule, partial(_ours, f, rule), forward=bool(f))
