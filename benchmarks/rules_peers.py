@@ -60,16 +60,19 @@ def compiled(make: Callable, problem: Problem, setting: Setting) -> Program:
     """The jitted gradient for params and inputs of the loss at ``make``'s state."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of jaxopt, that it is no longer maintained
-        solve = make(problem, setting)
-        loss = lambda params, inputs: problem.loss(solve(params, inputs))
+
+        # The start is an argument, or the compiler would compute with it.
+        def loss(params: Any, inputs: Any, h0: jax.Array) -> jax.Array:
+            return problem.loss(make(problem._replace(h0=h0), setting)(params, inputs))
+
+        args = (problem.params, problem.inputs, problem.h0)
         start = time.perf_counter()
-        gradient = jax.jit(jax.value_and_grad(loss, (0, 1)))
-        program = gradient.lower(problem.params, problem.inputs).compile()
+        program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*args).compile()
         seconds = time.perf_counter() - start
     size = int(program.memory_analysis().temp_size_in_bytes)
     if size > MEMORY_LIMIT:
         raise Refused(f"asks for {size / 2**30:.1f} GiB")
-    return Program(partial(program, problem.params, problem.inputs), seconds, size)
+    return Program(partial(program, *args), seconds, size)
 
 
 # --- rbpjax --------------------------------------------------------------------------

@@ -15,15 +15,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.rules_peers import Method, Program, Refused, Setting, gradient
+from benchmarks.rules_peers import DEFAULT, Method, Program, Refused, Setting, gradient
 from benchmarks.rules_problems import Problem, error
 
 TARGETS = (1e-3, 1e-5)
 """Relative gradient errors."""
 HOPELESS = 8.0
 """A method that takes so many times the best time so far is tried no further."""
-NEAR = 2.0
-"""Only methods within so many times the best time have their settings polished."""
 TRIALS = 3
 
 
@@ -149,7 +147,7 @@ def sweep_all(
     exact: np.ndarray,
     watch: Callable[[list[Method]], Any],
 ) -> dict[str, Sweep]:
-    """Searches with every method, and polishes those near the best."""
+    """Searches with every method, and polishes those that may be the fastest."""
     sweeps: dict[str, Sweep] = {}
     best = math.inf
     for method in watch(methods):
@@ -158,8 +156,21 @@ def sweep_all(
         chosen = sweep.chosen(TARGETS[0])
         if chosen is not None:
             best = min(best, sweep.points[chosen]["seconds"])
-    for sweep in sweeps.values():
-        chosen = sweep.chosen(TARGETS[0])
-        if chosen is not None and sweep.points[chosen]["seconds"] <= NEAR * best:
-            sweep.polish()
+    for name in contenders(sweeps):
+        sweeps[name].polish()
     return sweeps
+
+
+def contenders(sweeps: dict[str, Sweep]) -> list[str]:
+    """The default, and the fastest two methods of each library at each target."""
+    found = {DEFAULT} & set(sweeps)
+    for library in {sweep.method.library for sweep in sweeps.values()}:
+        for target in TARGETS:
+            chosen = {
+                name: sweep.points[setting]["seconds"]
+                for name, sweep in sweeps.items()
+                if sweep.method.library == library
+                and (setting := sweep.chosen(target)) is not None
+            }
+            found |= set(sorted(chosen, key=chosen.__getitem__)[:2])
+    return sorted(found)
