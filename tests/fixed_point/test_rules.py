@@ -62,7 +62,7 @@ def test_rules_without_a_condition_on_the_spectrum(rule):
 
 
 def test_default_costs_what_neumann_does_where_that_is_fast(random):
-    """On a random J with ρ(J) = 0.5 the default takes Neumann's steps, no Krylov one."""
+    """On a random J with ρ(J) = 0.5 the default takes Neumann's steps and no other."""
     jac = FAMILIES["Ginibre, ρ = 0.5"](np.random.default_rng(3), 200)
     g = random.normal(size=200)
     neumann = adjoint(Neumann(tol=1e-10), jac, g)
