@@ -7,9 +7,11 @@ import sys
 import tyro
 
 from benchmarks import (
+    citation,
     families,
     fuzz,
     hopfield,
+    hyperopt,
     modes,
     online,
     perturb,
@@ -21,9 +23,11 @@ from benchmarks.harness import UsageError
 
 # An experiment is one dataclass: its fields are the options, its ``run`` does the work.
 COMMANDS = {
+    "citation": citation.Citation,
     "families": families.Families,
     "fuzz": fuzz.Fuzz,
     "hopfield": hopfield.Hopfield,
+    "hyperopt": hyperopt.Hyperopt,
     "modes": modes.Modes,
     "online": online.Online,
     "perturb": perturb.Perturb,

@@ -14,7 +14,8 @@ therefore solves its own adjoint by calling itself, and reverse-mode derivatives
 every order follow: the adjoint problem's Jacobian is Jᵀ, its adjoint rule the same.
 
 Nothing here depends on how many steps the forward solver took: (θ, x, h*) are saved,
-and f is linearized once, at h*, outside the backward loop.
+and f is linearized once, at h*, outside the backward loop. What f computes without h is
+moved out of both loops first, and (θ, x) are then the results of that (hoisting.py).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from rbpjax.fixed_point.closing import (
     close,
 )
 from rbpjax.fixed_point.forward import FixedPointIteration
+from rbpjax.fixed_point.hoisting import hoist
 from rbpjax.fixed_point.report import AdjointReport, as_probe
 from rbpjax.types import (
     BackwardRule,
@@ -127,14 +129,17 @@ def rbp_solve(
     The gradient with respect to ``h0`` is zero by definition: a fixed point does not
     depend on its start. ``num_steps``, ``residual`` and ``converged`` carry none.
 
-    Memory: params, inputs and h* are saved, nothing that grows with steps. Cost of the
-    gradient: one linearization of f, plus what the rule says. AD modes: reverse, to
-    every order (``jax.grad`` of ``jax.grad``, ``jacrev``); ``jax.jvp`` and ``jacfwd``
-    raise TypeError, use ``rbp_jvp``. Composes with ``jit``, ``vmap``, ``scan``,
-    ``remat``, ``shard_map``. f may close over arrays, traced ones and modules too, and
-    they receive gradients; integers and PRNG keys may be anywhere in params and inputs.
-    What a step computes besides the state, evaluate at the solution's value again: it
-    is then differentiated like any function.
+    Memory: h* and what f needs of params and inputs are saved, nothing that grows with
+    steps. Cost of the gradient: one linearization of f, plus what the rule says. What f
+    computes without h (a normalized kernel, a mask, the product of the inputs with a
+    matrix) is computed once a solve, not in each step; write f as it reads best.
+
+    AD modes: reverse, to every order (``jax.grad`` of ``jax.grad``, ``jacrev``);
+    ``jax.jvp`` and ``jacfwd`` raise TypeError, use ``rbp_jvp``. Composes with ``jit``,
+    ``vmap``, ``scan``, ``remat``, ``shard_map``. f may close over arrays, traced ones
+    and modules too, and they receive gradients; integers and PRNG keys may be anywhere
+    in params and inputs. What a step computes besides the state, evaluate at the
+    solution's value again: it is then differentiated like any function.
 
     Args:
       f: step function ``f(params, inputs, h) -> h``.
@@ -184,6 +189,7 @@ def rbp_solve(
     ) -> Solution:
         """Solves h* = f(params, inputs, h*) from h0."""
         step, args, h0 = close(f, params, inputs, h0)
+        step, args = hoist(step, args, h0)
         probe = as_probe(probe, h0)
         solution = _solve(step, forward_solver, backward, args, h0, probe)
         value, *diagnostics = solution

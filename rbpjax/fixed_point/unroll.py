@@ -13,6 +13,7 @@ from jax import lax
 from rbpjax.fixed_point import tree
 from rbpjax.fixed_point.closing import close
 from rbpjax.fixed_point.forward import relative_change
+from rbpjax.fixed_point.hoisting import hoist
 from rbpjax.fixed_point.report import AdjointReport
 from rbpjax.types import PyTree, Solution, StepFn
 
@@ -68,6 +69,7 @@ def bptt(
     ) -> Solution:
         """The state after num_steps steps from h0."""
         step, args, h0 = close(f, params, inputs, h0)
+        step, args = hoist(step, args, h0)
         if not segment:
             h = _run(step, args, h0, num_steps)
         else:
@@ -124,6 +126,7 @@ def tbptt(f: StepFn, num_steps: int, truncation: int) -> Callable[..., Solution]
     ) -> Solution:
         """The state after num_steps steps from h0."""
         step, args, h = close(f, params, inputs, h0)
+        step, args = hoist(step, args, h)
         if truncation < num_steps:
             # All that enters is constant: nothing of these steps is stored.
             fixed, start = lax.stop_gradient((args, h))
