@@ -16,6 +16,7 @@ from benchmarks import (
     online,
     perturb,
     readme,
+    rules,
     unitary,
 )
 from benchmarks.harness import UsageError
@@ -30,6 +31,7 @@ COMMANDS = {
     "modes": modes.Modes,
     "online": online.Online,
     "perturb": perturb.Perturb,
+    "rules": rules.Rules,
     "unitary": unitary.Unitary,
     "readme": readme.Readme,
 }

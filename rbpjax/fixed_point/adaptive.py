@@ -61,7 +61,7 @@ class Adaptive:
 
     tol: float | None = None
     max_steps: int = 2000
-    contraction: float = 0.8
+    contraction: float = 0.65
     patience: int = 10
 
     def __post_init__(self) -> None:

@@ -31,7 +31,7 @@ class Anderson:
     crash most often reported of other implementations).
 
     Cost: one evaluation of f a step and 4 · memory · n multiplications; one row of the
-    Gram matrix is new in a step. Memory: 2 · memory + 5 states. The coefficients are
+    Gram matrix is new in a step. Memory: 2 · memory + 8 states. The coefficients are
     common to the whole state; under ``jax.vmap`` each example has its own.
 
     Attributes:
@@ -80,41 +80,37 @@ class Anderson:
         beta, m = 1.0 - self.damping, self.memory
 
         def unfinished(carry: tuple) -> jax.Array:
-            _, _, _, _, _, _, k, _, best, residual = carry
+            *_, k, _, best, residual = carry
             sane = (residual <= best * eps**-0.5) | (k == 0)  # False for NaN
             return (best > tol) & (k <= self.max_steps) & sane
 
         def body(carry: tuple) -> tuple:
-            h, last, rows, gram, h_best, r_old, k, k_best, best, _ = carry
+            h, mixed_old, r_old, rows, gram, h_best, k, k_best, best, _ = carry
             image = step(h)
             residual = relative_change(image, h)
             r = tree.sub(image, h)
+            mixed = image if beta == 1.0 else tree.axpy(beta, r, h)
             # The newest differences replace the oldest; in the first step there is
             # none, and a row of zeros stands for it.
-            first = k == 0
             at = k % m
-            newest = (tree.sub(h, last), tree.sub(r, r_old))
-            newest = tree.where(first, tree.scale(0.0, newest), newest)
+            newest = (tree.sub(mixed, mixed_old), tree.sub(r, r_old))
+            newest = tree.where(k == 0, tree.scale(0.0, newest), newest)
             rows = tree.put(rows, at, newest)
             products = jax.vmap(lambda row: tree.vdot(row, newest[1]))(rows[1])
             gram = gram.at[at].set(products).at[:, at].set(products)
             target = jax.vmap(lambda row: tree.vdot(row, r))(rows[1])
             gamma = _regularized_solve(gram, target, ridge)
-            correction = jax.tree.map(
-                lambda dh, dr: jnp.tensordot(
-                    gamma.astype(dh.dtype), dh + jnp.asarray(beta, dh.dtype) * dr, 1
-                ),
-                *rows,
-            )
-            h_next = tree.sub(tree.axpy(beta, r, h), correction)
+            h_next = mixed
+            for i in range(m):  # one pass over the rows, where a product takes two
+                h_next = tree.axpy(-gamma[i], tree.take(rows[0], i), h_next)
             better = residual < best
             return (
                 h_next,
-                h,
+                mixed,
+                r,
                 rows,
                 gram,
                 tree.where(better, h, h_best),
-                r,
                 k + 1,
                 jnp.where(better, k, k_best),
                 jnp.where(better, residual, best),
@@ -125,11 +121,11 @@ class Anderson:
         k = tree.vary_like(jnp.int32(0), h0)
         infinity = tree.vary_like(jnp.array(jnp.inf, dtype), h0)
         gram = tree.vary_like(jnp.zeros((m, m), dtype), h0)
-        rows = (history, history)
+        rows = (history, history)  # of Δ(H + βR), and of ΔR
         zero = tree.scale(0.0, h0)
-        carry = (h0, h0, rows, gram, h0, zero, k, k, infinity, infinity)
+        carry = (h0, h0, zero, rows, gram, h0, k, k, infinity, infinity)
         carry = lax.while_loop(unfinished, body, carry)
-        value, steps, residual = carry[4], carry[7], carry[8]
+        *_, value, _, steps, residual, _ = carry
         return Solution(value, steps, residual, residual <= tol)
 
 

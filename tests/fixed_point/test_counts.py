@@ -1,0 +1,229 @@
+"""What a gradient costs, counted: evaluations, products, dots, bytes. No clock.
+
+The numbers are those of the docstrings, or derived here; a change that makes a solve
+dearer, or a program larger, fails.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rbpjax
+from benchmarks.families import FAMILIES
+from benchmarks.rules_costs import count_products
+from rbpjax import (
+    GMRES,
+    RBP,
+    Adaptive,
+    Anderson,
+    BiCGSTAB,
+    CGNormal,
+    FixedPointIteration,
+    Neumann,
+)
+from tests.fixed_point.test_memory import count, loop_bodies
+
+N = 40
+RHO, TOL = 0.6, 1e-8
+
+
+def rotation(rho=RHO):
+    """rho × an orthogonal matrix: each term of the series is rho times the last."""
+    q = np.linalg.qr(np.random.default_rng(0).normal(size=(N, N)))[0]
+    return jnp.asarray(rho * q)
+
+
+def counted(rule, jac):
+    """Products and steps of one solve."""
+    g = jnp.asarray(np.random.default_rng(1).normal(size=N))
+    return count_products(rule, lambda h: jac @ h, g, g)
+
+
+# The series ends with the first term below half of the tolerance.
+TERMS = math.ceil(math.log(TOL / 2) / math.log(RHO))
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (Neumann(0), 0),
+        (Neumann(7), 7),
+        (Neumann(tol=TOL), TERMS),
+        (Adaptive(tol=TOL), TERMS),
+        (RBP(FixedPointIteration(steps=7)), 7),
+    ],
+    ids=repr,
+)
+def test_products_of_the_series(rule, expected):
+    """One product a term, none for a report that nobody reads; the default no more."""
+    assert counted(rule, rotation())[0] == expected
+
+
+@pytest.mark.parametrize(
+    "family", ["symmetric [0, 0.9]", "0.95 × orthogonal", "Ginibre, ρ = 1.5"]
+)
+@pytest.mark.parametrize(
+    ("rule", "a_step", "a_pass"),
+    [
+        # One VJP and one JVP a step; one of each more for a restart: the true residual
+        # and the first search direction.
+        (CGNormal(tol=TOL), 2, 2),
+        # Two VJPs a step, and one to measure the true residual.
+        (BiCGSTAB(tol=TOL), 2, 1),
+        (GMRES(tol=TOL, restart=20), 1, 1),
+    ],
+    ids=repr,
+)
+def test_products_of_a_krylov_step(rule, a_step, a_pass, family):
+    """Steps × what the docstring says, and as many passes as there were restarts."""
+    jac = jnp.asarray(FAMILIES[family](np.random.default_rng(0), N))
+    made, taken = counted(rule, jac)
+    passes, rest = divmod(made - a_step * taken, a_pass)
+    assert rest == 0 and passes >= 1
+    # A pass of GMRES is at most `restart` steps; the others rarely restart in float64.
+    assert passes <= (math.ceil(taken / 20) + 1 if isinstance(rule, GMRES) else 4)
+
+
+# Products with J or Jᵀ to 1e-8, which may only be lowered.
+BUDGET = {
+    "symmetric [0, 0.9]": 37,
+    "symmetric [-0.99, 0.99]": 54,
+    "0.95 × orthogonal": 96,
+    "Ginibre, ρ = 0.5": 28,
+    "Ginibre, ρ = 0.95": 64,
+    "Ginibre, ρ = 0.99": 66,
+    "non-normal, ρ = 0.5": 27,
+    "symmetric [-1.5, 0.9]": 62,
+    "Ginibre, ρ = 1.5": 200,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_products_of_the_default(family):
+    """The default's products on nine families of 40 units."""
+    jac = jnp.asarray(FAMILIES[family](np.random.default_rng(0), N))
+    made = counted(Adaptive(tol=TOL), jac)[0]
+    assert 0.8 * BUDGET[family] <= made <= BUDGET[family]
+
+
+def evaluations(forward, backward):
+    """How often the compiled gradient runs f, and the forward solver's steps."""
+    calls = []
+
+    def note(h):
+        calls.append(1)
+        return np.zeros_like(h)
+
+    def f(w, x, h):
+        entry = jax.lax.stop_gradient(h)[0]
+        kind = jax.ShapeDtypeStruct(entry.shape, entry.dtype)
+        return jnp.tanh(w @ h + x + jax.pure_callback(note, kind, entry))
+
+    solve = rbpjax.rbp_solve(f, forward=forward, backward=backward)
+    w, x = rotation(), jnp.linspace(-1, 1, N)
+
+    def loss(w):
+        solution = solve(w, x, jnp.zeros(N))
+        return jnp.sum(jnp.sin(solution.value)), solution.num_steps
+
+    grad, taken = jax.jit(jax.grad(loss, has_aux=True))(w)
+    jax.block_until_ready(grad)
+    return len(calls), int(taken)
+
+
+@pytest.mark.parametrize(
+    "forward", [FixedPointIteration(), Anderson(), FixedPointIteration(damping=0.1)]
+)
+@pytest.mark.parametrize("backward", [Adaptive(), Neumann(5), CGNormal()], ids=repr)
+def test_evaluations_of_f_in_a_gradient(forward, backward):
+    """One a step, one that looks at the last iterate, one linearization; no more."""
+    made, taken = evaluations(forward, backward)
+    assert made == taken + 2
+
+
+@pytest.mark.parametrize("k", [0, 10])
+def test_an_exact_count_is_exact(k):
+    """`steps` evaluations, the residual none reads is not computed, and the one more
+    is the linearization."""
+    made, _ = evaluations(FixedPointIteration(steps=k), Neumann(3))
+    assert made == k + 1
+
+
+# --- the compiled program ------------------------------------------------------------
+
+W = jax.random.normal(jax.random.key(0), (16, 16)) / 8
+X = jax.random.normal(jax.random.key(1), (4, 16))
+
+
+def step(w, x, h):
+    return jnp.tanh(h @ w + x)
+
+
+def gradient(forward, backward):
+    """The compiled gradient for w and x."""
+    solve = rbpjax.rbp_solve(step, forward=forward, backward=backward)
+    loss = lambda w, x: jnp.sum(jnp.sin(solve(w, x, jnp.zeros_like(X)).value))
+    return jax.jit(jax.grad(loss, (0, 1))).lower(W, X).compile()
+
+
+# A product is a dot of the state's shape; those of Anderson's and GMRES's small systems
+# are not.
+STATE_PRODUCT = r"= f64\[4,16\]\S* (?:dot\(|custom-call\([^\n]*(?:gemm|matmul|dot))"
+
+
+@pytest.mark.parametrize(
+    ("backward", "products"),
+    [
+        (Neumann(), [1]),
+        (RBP(Anderson()), [1]),
+        (CGNormal(), [2, 2]),
+        (BiCGSTAB(), [1, 2]),
+        (GMRES(), [1, 1]),
+        (Adaptive(), [1, 1, 2, 2, 2]),
+    ],
+    ids=repr,
+)
+def test_products_in_the_loops_of_a_gradient(backward, products):
+    """What each loop repeats, with one product in the forward loop."""
+    compiled = gradient(FixedPointIteration(), backward)
+    found = [count(STATE_PRODUCT, body) for body in loop_bodies(compiled)]
+    assert sorted(n for n in found if n) == sorted([1, *products])
+
+
+@pytest.mark.parametrize("forward", [FixedPointIteration(), Anderson()], ids=repr)
+def test_products_of_a_whole_program(forward):
+    """One product in each of the two loops, and one linearization; f is not repeated.
+
+    The gradient for w is a product of another shape; that for x needs none.
+    """
+    text = gradient(forward, Neumann()).as_text()
+    assert count(STATE_PRODUCT, text) == 3
+    assert count(r"= f64\[16,16\]\S* dot\(", text) == 1
+
+
+BIG = jnp.ones((64, 1024))
+
+
+@pytest.mark.parametrize(
+    ("rule", "states"),
+    [
+        # What the docstrings count, and the unit cotangent. XLA keeps a second copy of
+        # GMRES's basis while it writes a row.
+        (Neumann(20), 3),
+        (Neumann(), 3),
+        (CGNormal(), 7),
+        (BiCGSTAB(), 9),
+        (Adaptive(), 9),
+        (GMRES(restart=10), 23),
+        (RBP(Anderson(memory=5)), 18),
+    ],
+    ids=repr,
+)
+def test_states_in_memory(rule, states):
+    """Temporary memory of a backward solve, in states."""
+    solve = lambda g: rule(lambda v: 0.5 * jnp.roll(v, 1, 0), g).value
+    compiled = jax.jit(solve).lower(BIG).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes <= (states + 0.1) * BIG.nbytes
