@@ -36,7 +36,8 @@ def draw(result: dict[str, Any], titles: Mapping[str, str]) -> Path:
         style = ("-", "--", ":", "-.", (0, (1, 3)))[i % 5]
         ax.loglog(rounds, sizes, ls=style, marker="o", ms=3, label=titles[name])
     ax.set(title="compiled memory of a training step", xlabel="rounds", ylabel="MB")
-    ax.legend()
+    ax.set_ylim(top=30 * ax.get_ylim()[1])  # room for the legend, above the lines
+    ax.legend(loc="upper left", fontsize=8)
     size = f"{result['nodes']:,} nodes"
     fig.suptitle(
         f"{result['options']['dataset']}, {result['options']['model']}: {size}"

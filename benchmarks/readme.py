@@ -133,12 +133,19 @@ def citation_table() -> str:
                 mean, error = citation.paired(*pair)
                 parts.append(f"{mean:+.4f} ± {error:.4f}")
             differences.append(f"{dataset.title()}{head}: {', '.join(parts)}")
+    pubmed = read_json("citation-pubmed")
+    steps = (
+        f"{1e3 * pubmed['costs'][m]['step_seconds']['median']:.0f} ms"
+        for m in ("adaptive", "neumann", "bptt")
+    )
     return (
         table(made)
         + f"\n\nTest accuracy of {len(first['options']['seeds'])} seeds (mean ± "
         "standard deviation; without randomness a single number), step, memory and "
         "largest adjoint residual on Cora. The first two rows less BPTT, paired by "
-        f"seed, with the standard error: {'; '.join(differences)}. {_where(first)}"
+        f"seed, with the standard error: {'; '.join(differences)}. A step on Pubmed "
+        f"({pubmed['nodes']:,} nodes), where most features were missing and nothing "
+        f"was trained: {', '.join(steps)}. {_where(first)}"
     )
 
 
