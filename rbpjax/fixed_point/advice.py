@@ -23,6 +23,7 @@ from rbpjax.fixed_point.diagnose import (
 )
 from rbpjax.fixed_point.forward import relative_change
 from rbpjax.fixed_point.gmres import GMRES
+from rbpjax.fixed_point.hoisting import hoist_linear
 from rbpjax.fixed_point.krylov import BiCGSTAB, CGNormal
 from rbpjax.types import BackwardRule, PyTree, StepFn
 
@@ -224,7 +225,7 @@ def _measure(
     """The estimates and the trials of ``diagnose``."""
     step = partial(closed, args)
     jvp = jax.linearize(step, h)[1]
-    vjp = tree.adjoint(jvp, h)
+    vjp = hoist_linear(tree.adjoint(jvp, h), h)
     keys = jax.random.split(key, 3)
     g = tree.random_unit(keys[0], h)
 

@@ -11,6 +11,7 @@ from jax import lax
 from rbpjax.fixed_point import tree
 from rbpjax.fixed_point.backward import adjoint_defect
 from rbpjax.fixed_point.closing import close
+from rbpjax.fixed_point.hoisting import hoist_linear
 from rbpjax.types import LinearMap, PyTree, StepFn
 
 
@@ -160,7 +161,8 @@ def loop_cut_error(
     if num_probes < 1:
         raise ValueError(f"`num_probes` must be at least 1; got {num_probes}.")
     _, jvp, h = linearized(f, params, inputs, h)
-    return loop_cut(tree.adjoint(jvp, h), h, key, num_probes)
+    vjp = hoist_linear(tree.adjoint(jvp, h), h)
+    return loop_cut(vjp, h, key, num_probes)
 
 
 def adjoint_residual(

@@ -6,12 +6,13 @@ called. None of this depends on h. XLA repeats it in every step of a loop, at
 the cost of a singular value decomposition a step, say. Here the traced step is split in
 two: the operations that h does not reach, evaluated once, and the rest, which takes
 their results as arguments. Gradients flow through both, by ordinary differentiation of
-the first part.
+the first part. Convolutions are brought to the order that loops run fast (layout.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -19,7 +20,8 @@ from jax.extend import core
 
 from rbpjax.fixed_point import tree
 from rbpjax.fixed_point.closing import ClosedStep
-from rbpjax.types import PyTree
+from rbpjax.fixed_point.layout import channels_last
+from rbpjax.types import LinearMap, PyTree
 
 # Moved out, these would only be larger to keep and to read than they are to repeat.
 _FREE = frozenset(
@@ -39,11 +41,13 @@ _FREE = frozenset(
 
 
 class _Operation(NamedTuple):
-    """One equation, with its variables named by numbers unique in the program."""
+    """A function of arrays, which are named by numbers unique in the program."""
 
-    equation: core.JaxprEqn
+    run: Callable[..., Sequence[jax.Array]]
     inputs: tuple[int | core.Literal, ...]
     outputs: tuple[int, ...]
+    free: bool = False
+    pure: bool = True
 
 
 def hoist(step: ClosedStep, args: PyTree, h: PyTree) -> tuple[ClosedStep, PyTree]:
@@ -74,6 +78,12 @@ def hoist(step: ClosedStep, args: PyTree, h: PyTree) -> tuple[ClosedStep, PyTree
         return tree.vary_like(jax.tree.unflatten(treedef, image), h)
 
     return rest, tuple(known[name] for name in crossing)
+
+
+def hoist_linear(linear: LinearMap, like: PyTree) -> LinearMap:
+    """The same map for use in a loop: what its argument does not reach is done here."""
+    step, saved = hoist(lambda _, v: linear(v), (), like)
+    return partial(step, saved)
 
 
 class _Program:
@@ -109,9 +119,32 @@ class _Program:
                 outputs = self._inline(inner, inside)
                 scope.update(zip(equation.outvars, outputs, strict=True))
             else:
-                outputs = self._new(scope, equation.outvars)
-                self.operations.append(_Operation(equation, inputs, outputs))
+                self._append(equation, inputs, self._new(scope, equation.outvars))
         return tuple(map(name, jaxpr.outvars))
+
+    def _append(
+        self,
+        equation: core.JaxprEqn,
+        inputs: tuple[int | core.Literal, ...],
+        outputs: tuple[int, ...],
+    ) -> None:
+        """One equation as an operation, or a convolution as two."""
+        parts = channels_last(equation)
+        if parts is None:
+            free = equation.primitive.name in _FREE
+            run = partial(_run, equation)
+            self.operations.append(
+                _Operation(run, inputs, outputs, free, not equation.effects)
+            )
+            return
+        image, kernel = inputs
+        ordered, self.count = self.count, self.count + 1
+        for run, taken, made in (
+            (parts.kernel, (kernel,), (ordered,)),
+            (parts.rest, (image, ordered), outputs),
+        ):
+            one = lambda *x, run=run: (run(*x),)
+            self.operations.append(_Operation(one, taken, made))
 
     def split(
         self, reached: set[int]
@@ -123,7 +156,7 @@ class _Program:
         fixed: dict[int, _Operation] = {}  # by output: what does not change
         inside: list[_Operation] = []
         for operation in self.operations:
-            if operation.equation.effects or reached.intersection(_names(operation)):
+            if not operation.pure or reached.intersection(_names(operation)):
                 inside.append(operation)
                 reached.update(operation.outputs)
             else:
@@ -135,7 +168,7 @@ class _Program:
         while needed:
             name = needed.pop()
             producer = fixed.get(name)
-            if producer and producer.equation.primitive.name in _FREE:
+            if producer and producer.free:
                 if id(producer) not in repeated:
                     repeated.add(id(producer))
                     needed += _names(producer)
@@ -171,17 +204,22 @@ def _read(values: dict[int, jax.Array], name: int | core.Literal) -> jax.Array:
 
 def _evaluate(operations: Sequence[_Operation], values: dict[int, jax.Array]) -> None:
     """Runs ``operations`` in order, adding their outputs to ``values``."""
-    for equation, inputs, outputs in operations:
-        # A jaxpr of one equation: the only way to run one that is the same in all
-        # versions of JAX, and keeps its context and its place in the source.
-        given = {
-            variable: _read(values, name)
-            for variable, name in zip(equation.invars, inputs, strict=True)
-            if not isinstance(variable, core.Literal)
-        }
-        source = core.DebugInfo("hoist", equation.primitive.name, None, None)
-        jaxpr = core.Jaxpr(
-            (), list(given), equation.outvars, [equation], equation.effects, source
-        )
-        made = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))(*given.values())
-        values |= zip(outputs, made, strict=True)
+    for operation in operations:
+        made = operation.run(*(_read(values, name) for name in operation.inputs))
+        values |= zip(operation.outputs, made, strict=True)
+
+
+def _run(equation: core.JaxprEqn, *inputs: jax.Array) -> Sequence[jax.Array]:
+    """The outputs of one equation."""
+    # A jaxpr of one equation: the only way to run one that is the same in all
+    # versions of JAX, and keeps its context and its place in the source.
+    given = {
+        variable: value
+        for variable, value in zip(equation.invars, inputs, strict=True)
+        if not isinstance(variable, core.Literal)
+    }
+    source = core.DebugInfo("hoist", equation.primitive.name, None, None)
+    jaxpr = core.Jaxpr(
+        (), list(given), equation.outvars, [equation], equation.effects, source
+    )
+    return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))(*given.values())

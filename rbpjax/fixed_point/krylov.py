@@ -16,6 +16,7 @@ from jax import lax
 
 from rbpjax.fixed_point import tree
 from rbpjax.fixed_point.backward import resolved
+from rbpjax.fixed_point.hoisting import hoist_linear
 from rbpjax.types import (
     LinearMap,
     PyTree,
@@ -133,7 +134,7 @@ class CGNormal:
 
     def solve(self, vjp: LinearMap, g: PyTree, start: Progress, tol: float) -> Progress:
         """Goes on from ``start``, for a cotangent g of unit norm."""
-        jvp = tree.adjoint(vjp, g)
+        jvp = hoist_linear(tree.adjoint(vjp, g), g)
         ridge = self.ridge
 
         apply = lambda z: tree.sub(z, vjp(z))  # A = I - Jᵀ

@@ -38,7 +38,7 @@ from rbpjax.fixed_point.closing import (
     close,
 )
 from rbpjax.fixed_point.forward import FixedPointIteration
-from rbpjax.fixed_point.hoisting import hoist
+from rbpjax.fixed_point.hoisting import hoist, hoist_linear
 from rbpjax.fixed_point.report import AdjointReport, as_probe
 from rbpjax.types import (
     BackwardRule,
@@ -86,7 +86,8 @@ def _solve_bwd(step, solver, rule, saved, cotangents):
         # The linearization comes in as the start. It is a function of (args, h), on
         # which the solution already depends through adjoint_step, so the start's zero
         # cotangent is right for it too.
-        return apply_rule(rule, lambda v: vjp(v)[1], adjoint_args[2])
+        g = adjoint_args[2]
+        return apply_rule(rule, hoist_linear(lambda v: vjp(v)[1], g), g)
 
     z = _solve(adjoint_step, adjoint_solver, rule, (args, h, g), vjp, None)
     report = None
@@ -242,7 +243,8 @@ def rbp_vjp(
     check_like(cotangent, h_star, "`cotangent`", "`h_star`")
     cotangent = jax.tree.map(jnp.asarray, cotangent)
     _, vjp = jax.vjp(step, args, h_star)
-    solution = apply_rule(rule, lambda v: vjp(v)[1], cotangent)
+    linear = hoist_linear(lambda v: vjp(v)[1], cotangent)
+    solution = apply_rule(rule, linear, cotangent)
     _, params_bar, inputs_bar = vjp(solution.value)[0]
     return (params_bar, inputs_bar), solution
 
@@ -292,4 +294,4 @@ def rbp_jvp(
     drive = lambda p, x: step((consts, p, x), h_star)
     _, h_dot = jax.jvp(drive, (params, inputs), tangents)
     _, jvp = jax.linearize(partial(step, args), h_star)
-    return apply_rule(rule, jvp, h_dot)
+    return apply_rule(rule, hoist_linear(jvp, h_dot), h_dot)
