@@ -61,6 +61,10 @@ RULES: dict[str, Callable[[Random, float | None], Rule]] = {
     "RBP(Anderson)": lambda random, tol: rbpjax.RBP(
         rbpjax.Anderson(int(random.integers(1, 8)), 200, tol)
     ),
+    "RBP(RRE)": lambda random, tol: rbpjax.RBP(
+        rbpjax.RRE(int(random.integers(1, 8)), 200, tol)
+    ),
+    "Direct": lambda *_: rbpjax.Direct(),
 }
 
 

@@ -22,7 +22,20 @@ from jax import lax
 
 import rbpjax
 from benchmarks.rules_problems import Problem
-from rbpjax import GMRES, RBP, Adaptive, Anderson, BiCGSTAB, CGNormal, Neumann
+from rbpjax import (
+    CG,
+    GMRES,
+    RBP,
+    RRE,
+    Adaptive,
+    Anderson,
+    BiCGSTAB,
+    CGNormal,
+    Direct,
+    FixedPointIteration,
+    Neumann,
+    Newton,
+)
 
 MEMORY_LIMIT = 4 * 2**30  # bytes; a program that asks for more is not run
 
@@ -77,17 +90,36 @@ def compiled(make: Callable, problem: Problem, setting: Setting) -> Program:
 
 # --- rbpjax --------------------------------------------------------------------------
 
+EVERY = 4  # steps between two looks at the residual, of the methods so named
+WARMUP = 8  # plain steps before Newton's
+LARGEST = 2000  # numbers in a state whose Jacobian is still formed
+
 RULES: dict[str, Callable[[float, int], rbpjax.BackwardRule]] = {
     "Adaptive": lambda tol, budget: Adaptive(tol, budget),
     "Neumann": lambda tol, budget: Neumann(tol=tol, max_steps=budget),
     "RBP(Anderson)": lambda tol, budget: RBP(Anderson(5, budget, tol)),
+    "RBP(RRE)": lambda tol, budget: RBP(RRE(5, budget, tol)),
     "CGNormal": lambda tol, budget: CGNormal(budget, tol),
     "BiCGSTAB": lambda tol, budget: BiCGSTAB(budget, tol),
     "GMRES": lambda tol, budget: GMRES(budget, tol),
+    "CG": lambda tol, budget: CG(budget, tol),
+    "Direct": lambda tol, budget: Direct(),
+    "Neumann/4": lambda tol, budget: Neumann(
+        tol=tol, max_steps=budget, check_every=EVERY
+    ),
 }
 FORWARD: dict[str, Callable[[float, int], rbpjax.ForwardSolver]] = {
-    "": lambda tol, budget: rbpjax.FixedPointIteration(budget, tol),
+    "": lambda tol, budget: FixedPointIteration(budget, tol),
     "Anderson + ": lambda tol, budget: Anderson(5, budget, tol),
+    "RRE + ": lambda tol, budget: RRE(5, budget, tol),
+    "Newton(BiCGSTAB) + ": lambda tol, budget: Newton(
+        BiCGSTAB(budget, 1e-2), tol=tol, warmup=WARMUP
+    ),
+    "Newton(CG) + ": lambda tol, budget: Newton(CG(budget, 1e-4), tol=tol),
+    "Newton(Direct) + ": lambda tol, budget: Newton(Direct(), tol=tol),
+    "Iteration/4 + ": lambda tol, budget: FixedPointIteration(
+        budget, tol, check_every=EVERY
+    ),
 }
 DEFAULT = "rbpjax Adaptive"
 
@@ -103,6 +135,8 @@ def ours(forward: str, rule: str, problem: Problem, setting: Setting) -> Callabl
 
 
 def _ours(forward: str, rule: str, problem: Problem, setting: Setting) -> Callable:
+    if "Direct" in forward + rule and problem.h0.size > LARGEST:
+        raise Refused(f"forms no Jacobian of {problem.h0.size} numbers")
     solve = ours(forward, rule, problem, setting)
     return lambda p, x: solve(p, x).value
 
@@ -240,10 +274,16 @@ def methods() -> list[Method]:
     method = lambda library, name, make, **more: Method(
         library, f"{library} {name}", partial(compiled, make), **more
     )
-    pairs = [("", rule) for rule in RULES]
+    pairs = [("", rule) for rule in RULES if rule != "Neumann/4"]
     pairs += [
-        ("Anderson + ", rule)
-        for rule in ("Adaptive", "RBP(Anderson)", "BiCGSTAB", "GMRES")
+        ("Anderson + ", "BiCGSTAB"),
+        ("RRE + ", "Adaptive"),
+        ("RRE + ", "BiCGSTAB"),
+        ("RRE + ", "RBP(RRE)"),
+        ("Newton(BiCGSTAB) + ", "BiCGSTAB"),
+        ("Newton(CG) + ", "CG"),
+        ("Newton(Direct) + ", "Direct"),
+        ("Iteration/4 + ", "Neumann/4"),
     ]
     made = [
         method("rbpjax", f + rule, partial(_ours, f, rule), forward=bool(f))

@@ -49,7 +49,7 @@ class Sweep:
         if self.method.unrolled:
             return
         for target in TARGETS:
-            for looser in (Setting(4, 1), Setting(1, 4)):
+            for looser in (Setting(4, 1), Setting(1, 4), Setting(2, 1), Setting(1, 2)):
                 now = self.chosen(target)
                 if now is not None:
                     pair = zip(now, looser, strict=True)
@@ -96,7 +96,7 @@ class Sweep:
         if known and math.isfinite(known[-1][1]):
             tol = known[-1][0] * target / known[-1][1]
         for trial in range(TRIALS):
-            tol = _round(min(max(tol, 3e-8), 0.3))
+            tol = _round(min(max(tol, 1e-9), 0.3))
             now = self.trial(Setting(tol, tol))
             if now["seconds"] > HOPELESS * best:
                 return

@@ -6,21 +6,25 @@ from rbpjax.fixed_point.anderson import Anderson
 from rbpjax.fixed_point.backward import RBP, Neumann
 from rbpjax.fixed_point.bilevel import optimizer_step
 from rbpjax.fixed_point.bounds import gradient_error_bound, neumann_error_bound
+from rbpjax.fixed_point.cg import CG
 from rbpjax.fixed_point.diagnose import (
     adjoint_residual,
     jacobian_norm,
     loop_cut_error,
     spectral_radius,
 )
+from rbpjax.fixed_point.direct import Direct
 from rbpjax.fixed_point.forward import FixedPointIteration
 from rbpjax.fixed_point.gmres import GMRES
 from rbpjax.fixed_point.krylov import BiCGSTAB, CGNormal
+from rbpjax.fixed_point.newton import Newton
 from rbpjax.fixed_point.regularize import (
     contraction_penalty,
     jacobian_penalty,
     spectral_normalize,
 )
 from rbpjax.fixed_point.report import AdjointReport, value_and_grad
+from rbpjax.fixed_point.rre import RRE
 from rbpjax.fixed_point.solve import rbp_jvp, rbp_solve, rbp_vjp
 from rbpjax.fixed_point.unroll import bptt, tbptt
 from rbpjax.types import BackwardRule, ForwardSolver, Solution, StepFn
@@ -28,8 +32,10 @@ from rbpjax.types import BackwardRule, ForwardSolver, Solution, StepFn
 __version__ = "0.1.0"
 
 __all__ = [
+    "CG",
     "GMRES",
     "RBP",
+    "RRE",
     "Adaptive",
     "AdjointReport",
     "Anderson",
@@ -37,9 +43,11 @@ __all__ = [
     "BiCGSTAB",
     "CGNormal",
     "Diagnosis",
+    "Direct",
     "FixedPointIteration",
     "ForwardSolver",
     "Neumann",
+    "Newton",
     "Solution",
     "StepFn",
     "adjoint_residual",

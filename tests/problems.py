@@ -19,11 +19,13 @@ import rbpjax
 from rbpjax import (
     GMRES,
     RBP,
+    RRE,
     Adaptive,
     AdjointReport,
     Anderson,
     BiCGSTAB,
     CGNormal,
+    Direct,
     FixedPointIteration,
     Neumann,
     Solution,
@@ -127,16 +129,27 @@ RULES = {
     "rbp": RBP(FixedPointIteration(tol=1e-13)),
     "rbp_uniform": RBP(FixedPointIteration(tol=1e-13), seed=7),
     "anderson": RBP(Anderson(tol=1e-13)),
+    "rre": RBP(RRE(tol=1e-13)),
     "cg_normal": CGNormal(tol=1e-12),
     "bicgstab": BiCGSTAB(tol=1e-12),
     "gmres": GMRES(tol=1e-12, restart=12),
     "adaptive": Adaptive(tol=1e-12),
+    "direct": Direct(),
     "callable": scipy_gmres,
 }
 # Rules that take ρ(J) > 1.
-ROBUST = ("anderson", "cg_normal", "bicgstab", "gmres", "adaptive", "callable")
+ROBUST = (
+    "anderson",
+    "rre",
+    "cg_normal",
+    "bicgstab",
+    "gmres",
+    "adaptive",
+    "direct",
+    "callable",
+)
 # Rules whose number of steps does not depend on the problem.
-FIXED_COUNT = ("neumann_steps", "callable")
+FIXED_COUNT = ("neumann_steps", "direct", "callable")
 
 
 def replace(rule: Callable, **fields: Any) -> Callable:

@@ -96,10 +96,11 @@ class Anderson:
             newest = (tree.sub(mixed, mixed_old), tree.sub(r, r_old))
             newest = tree.where(k == 0, tree.scale(0.0, newest), newest)
             rows = tree.put(rows, at, newest)
+            # Sums here: a product of matrix and vector makes XLA copy the rows.
             products = jax.vmap(lambda row: tree.vdot(row, newest[1]))(rows[1])
             gram = gram.at[at].set(products).at[:, at].set(products)
             target = jax.vmap(lambda row: tree.vdot(row, r))(rows[1])
-            gamma = _regularized_solve(gram, target, ridge)
+            gamma = regularized_solve(gram, target, ridge)
             h_next = mixed
             for i in range(m):  # one pass over the rows, where a product takes two
                 h_next = tree.axpy(-gamma[i], tree.take(rows[0], i), h_next)
@@ -129,7 +130,7 @@ class Anderson:
         return Solution(value, steps, residual, residual <= tol)
 
 
-def _regularized_solve(gram: jax.Array, target: jax.Array, ridge: float) -> jax.Array:
+def regularized_solve(gram: jax.Array, target: jax.Array, ridge: float) -> jax.Array:
     """γ of (G + ridge · diag G) γ = t, by elimination on the unit-diagonal matrix.
 
     Positive definite, so that no pivoting is needed; m is small and static, so that the

@@ -100,6 +100,30 @@ def vdot(x: PyTree, y: PyTree) -> jax.Array:
     return sum(map(leaf, jax.tree.leaves(x), jax.tree.leaves(y)), jnp.zeros((), dtype))
 
 
+def products(rows: PyTree, x: PyTree) -> jax.Array:
+    """The inner product of each of the stacked states ``rows`` with the state ``x``.
+
+    One product of a matrix and a vector a leaf: on CPU three times as fast as that many
+    sums. Sums, as in ``vdot``, where an explicit mesh shards the state.
+    """
+    dtype = real_dtype(x)
+
+    def leaf(b: jax.Array, u: jax.Array) -> jax.Array:
+        if jnp.iscomplexobj(u):
+            return leaf(b.real, u.real) + leaf(b.imag, u.imag)
+        if any(part is not None for part in jax.typeof(u).sharding.spec):
+            return jax.vmap(lambda row: vdot(row, u))(b)
+        over = tuple(range(u.ndim))
+        return lax.dot_general(
+            b.astype(dtype),
+            u.astype(dtype),
+            ((tuple(i + 1 for i in over), over), ((), ())),
+            precision=lax.Precision.HIGHEST,
+        )
+
+    return jax.tree.reduce(jnp.add, jax.tree.map(leaf, rows, x))
+
+
 def norm(x: PyTree) -> jax.Array:
     """The 2-norm ‖x‖, for vectors whose entries' squares are representable."""
     return jnp.sqrt(vdot(x, x))

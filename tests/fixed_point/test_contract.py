@@ -24,6 +24,10 @@ STRATEGIES = {
     "forward_steps": FixedPointIteration(steps=3),
     "forward_all": FixedPointIteration(max_steps=7, tol=1e-3, damping=0.25),
     "anderson": rbpjax.Anderson(),
+    "rre": rbpjax.RRE(),
+    "newton": rbpjax.Newton(),
+    "newton_nested": rbpjax.Newton(CGNormal(tol=1e-3), 7, 1e-4, 2),
+    "cg": rbpjax.CG(),
     "cg_ridge": CGNormal(ridge=1e-5),
     "rbp_nested": RBP(FixedPointIteration(steps=2), seed=3),
 }

@@ -201,10 +201,12 @@ def test_gradient_scales_with_the_loss_in_float32(name, scale):
         "rbp": RBP(),
         "rbp_uniform": RBP(seed=7),
         "anderson": RBP(rbpjax.Anderson()),
+        "rre": RBP(rbpjax.RRE()),
         "cg_normal": CGNormal(),
         "bicgstab": rbpjax.BiCGSTAB(),
         "gmres": rbpjax.GMRES(),
         "adaptive": rbpjax.Adaptive(),
+        "direct": rbpjax.Direct(),
     }[name]
     solve = rbpjax.rbp_solve(problem.f, backward=rule)
     scale = jnp.float32(scale)
