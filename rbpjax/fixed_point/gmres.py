@@ -136,7 +136,7 @@ class GMRES:
 
 def _orthogonalize(basis: PyTree, w: PyTree) -> tuple[jax.Array, PyTree]:
     """``(Vᵀw, w - VVᵀw)`` for the rows V of the basis; unused rows are zero."""
-    coefficients = jax.vmap(lambda b: tree.vdot(b, w))(basis)
+    coefficients = tree.products(basis, w)
     return coefficients, tree.sub(w, _combine(basis, coefficients))
 
 
