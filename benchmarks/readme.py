@@ -9,7 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import citation, families, hopfield, hyperopt, modes, perturb
+from benchmarks import (
+    citation,
+    families,
+    hopfield,
+    hyperopt,
+    modes,
+    perturb,
+    rules_report,
+)
 from benchmarks.harness import mean_std, read_json, require, table
 
 README = Path(__file__).parent.parent / "README.md"
@@ -179,6 +187,12 @@ def hyperopt_tables() -> str:
     return "\n\n".join(made)
 
 
+def rules_table() -> str:
+    """Time against the fastest other library, and the costs on our own."""
+    result = read_json("rules")
+    return rules_report.summary(result) + " " + _where(result)
+
+
 def _where(result: dict[str, Any]) -> str:
     """Where a result was measured."""
     where = result["environment"]
@@ -198,6 +212,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "hyperopt": hyperopt_tables,
     "modes": modes_table,
     "perturb": perturb_table,
+    "rules": rules_table,
 }
 
 

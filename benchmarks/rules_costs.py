@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 TRUNCATIONS = (10, 50, 100)
 LENGTHS = (50, 500, 5000)
+UNSUITED = ("CG", "Direct")  # J is not symmetric, and of 32,768 numbers
 STEPS = 101  # forward, where both sides take the same
 
 
@@ -77,7 +78,7 @@ def overhead(options: Rules) -> dict[str, Any]:
         return solve(lambda v: vjp(v)[0], g)
 
     for name, make in RULES.items():
-        if name == "Direct":  # forms no matrix of 32,768 × 32,768
+        if name in UNSUITED:
             continue
         rule = make(1e-6, problem.budget)
         count, _ = count_products(rule, partial(problem.f, *args), h, g)

@@ -69,6 +69,55 @@ def write(result: Entry) -> Entry:
     return result
 
 
+def summary(result: Entry) -> str:
+    """The ratios of all problems in one table, their means, and our own costs."""
+    targets = list(next(iter(result["problems"].values()))["targets"])
+    means = [
+        f"{_shown(overall(result, target, role))} ({name}) at {target}"
+        for target in targets
+        for role, name in (("ours", "best rule"), ("default", "default"))
+    ]
+    costs, ratios = result["costs"], []
+    for k, c in costs["truncation"].items():
+        ratios.append(f"{_shown(c['ratio'])} at K = {k}")
+    memory = []
+    for batch, methods in costs["memory"].items():
+        last = {name: list(sizes.values())[-1] for name, sizes in methods.items()}
+        pair = (last["BPTT"] / last[name] for name in ("Neumann", "Adaptive"))
+        memory.append(f"{', '.join(f'{r:,.0f}' for r in pair)} for {batch} × 256 units")
+    overhead = "; ".join(
+        f"{n} {_shown(c['ratio'])}" for n, c in costs["overhead"].items()
+    )
+    return "\n\n".join(
+        [
+            table([_summary_row(e, targets) for e in result["problems"].values()]),
+            "The fastest other library's time ÷ ours, for value and gradient at the "
+            "same relative gradient error, by the fastest of our rules, then by the "
+            "default; medians and quartiles of interleaved turns, above 1 is faster. "
+            f"Geometric means: {'; '.join(means)}. Neumann(K) ÷ TBPTT(K + 1): "
+            f"{', '.join(ratios)}. BPTT's temporary memory at 5,000 steps ÷ ours "
+            f"(Neumann, default): {'; '.join(memory)}. Time of a backward "
+            f"solve ÷ its products in a bare loop: {overhead}. `import rbpjax`: "
+            f"{costs['imports']['above']['median']:.2f} s above `import jax`.",
+        ]
+    )
+
+
+def _summary_row(entry: Entry, targets: list[str]) -> dict[str, str]:
+    """Who is compared with whom, and how they compare."""
+    row = {"problem": entry["title"]}
+    for target in targets:
+        turns = entry["targets"][target]["turns"]
+        names = [
+            turns.get(role, {}).get("method", "–").removeprefix("rbpjax ")
+            for role in ("ours", "peer")
+        ]
+        row[f"ours, other at {target}"] = ", ".join(names)
+        row[f"ratio at {target}"] = _shown(ratio(entry, target, "ours"))
+        row[f"default at {target}"] = _shown(ratio(entry, target, "default"))
+    return row
+
+
 def tables(result: Entry) -> str:
     """Everything that the report says in Markdown."""
     where = result["environment"]

@@ -23,6 +23,8 @@ TARGETS = (1e-3, 1e-5)
 HOPELESS = 8.0
 """A method that takes so many times the best time so far is tried no further."""
 TRIALS = 3
+FINEST = 1e-7
+"""The last tolerance to try where tighter ones change nothing: about 1 ε."""
 
 
 class Sweep:
@@ -104,6 +106,8 @@ class Sweep:
             if found <= target and (found > 0.15 * target or trial > 0):
                 return
             if found > max(target, 0.8 * before):  # tighter, but no better
+                if tol > FINEST:  # methods that leap do not follow the proportion
+                    self.trial(Setting(FINEST, FINEST))
                 return
             before = found if found > target else math.inf
             # From nothing at all, a hundredth; else a little beyond the target.

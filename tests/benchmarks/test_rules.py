@@ -68,6 +68,14 @@ def test_the_search_meets_both_errors_and_not_by_far(factor):
         assert error > 0.15 * target or max(chosen) >= 0.3
 
 
+def test_a_method_that_leaps_gets_one_last_trial():
+    """An error that no tolerance moves, until the finest one does."""
+    method = fake(lambda setting: 0.5 if max(setting) > 2e-7 else 1e-6)
+    sweep = rules_tune.Sweep(method, bilevel(10.0), np.array([1.0]))
+    sweep.search(best=np.inf)
+    assert sweep.chosen(1e-3) == Setting(rules_tune.FINEST, rules_tune.FINEST)
+
+
 def test_polishing_loosens_what_does_not_matter():
     """Where the error is the backward tolerance's, the forward one is loosened."""
     method = fake(lambda setting: setting.backward + 1e-3 * setting.forward)

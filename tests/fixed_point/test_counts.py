@@ -15,14 +15,17 @@ import rbpjax
 from benchmarks.families import FAMILIES
 from benchmarks.rules_costs import count_products
 from rbpjax import (
+    CG,
     GMRES,
     RBP,
+    RRE,
     Adaptive,
     Anderson,
     BiCGSTAB,
     CGNormal,
     FixedPointIteration,
     Neumann,
+    Newton,
 )
 from tests.fixed_point.test_memory import count, loop_bodies
 
@@ -135,7 +138,8 @@ def evaluations(forward, backward):
 
 
 @pytest.mark.parametrize(
-    "forward", [FixedPointIteration(), Anderson(), FixedPointIteration(damping=0.1)]
+    "forward",
+    [FixedPointIteration(), Anderson(), RRE(), FixedPointIteration(damping=0.1)],
 )
 @pytest.mark.parametrize("backward", [Adaptive(), Neumann(5), CGNormal()], ids=repr)
 def test_evaluations_of_f_in_a_gradient(forward, backward):
@@ -179,6 +183,8 @@ STATE_PRODUCT = r"= f64\[4,16\]\S* (?:dot\(|custom-call\([^\n]*(?:gemm|matmul|do
     [
         (Neumann(), [1]),
         (RBP(Anderson()), [1]),
+        (RBP(RRE()), [1]),
+        (CG(), [1, 1]),
         (CGNormal(), [2, 2]),
         (BiCGSTAB(), [1, 2]),
         (GMRES(), [1, 1]),
@@ -193,7 +199,9 @@ def test_products_in_the_loops_of_a_gradient(backward, products):
     assert sorted(n for n in found if n) == sorted([1, *products])
 
 
-@pytest.mark.parametrize("forward", [FixedPointIteration(), Anderson()], ids=repr)
+@pytest.mark.parametrize(
+    "forward", [FixedPointIteration(), Anderson(), RRE()], ids=repr
+)
 def test_products_of_a_whole_program(forward):
     """One product in each of the two loops, and one linearization; f is not repeated.
 
@@ -202,6 +210,15 @@ def test_products_of_a_whole_program(forward):
     text = gradient(forward, Neumann()).as_text()
     assert count(STATE_PRODUCT, text) == 3
     assert count(r"= f64\[16,16\]\S* dot\(", text) == 1
+
+
+def test_newton_linearizes_once_a_step_and_keeps_the_tangent_loop_free_of_f():
+    """Two products: f in Newton's loop, J in its rule's; then the linearization."""
+    compiled = gradient(Newton(BiCGSTAB(tol=1e-2)), Neumann())
+    found = [count(STATE_PRODUCT, body) for body in loop_bodies(compiled)]
+    # Newton's loop holds f, and of BiCGSTAB's two the outer one; each loop is counted
+    # without those inside it.
+    assert sorted(n for n in found if n) == [1, 1, 1, 2]
 
 
 BIG = jnp.ones((64, 1024))
@@ -219,6 +236,8 @@ BIG = jnp.ones((64, 1024))
         (Adaptive(), 9),
         (GMRES(restart=10), 23),
         (RBP(Anderson(memory=5)), 18),
+        (RBP(RRE(memory=5)), 18),
+        (CG(), 6),
     ],
     ids=repr,
 )
