@@ -64,7 +64,7 @@ RULES: dict[str, Callable[[Random, float | None], Rule]] = {
     "RBP(RRE)": lambda random, tol: rbpjax.RBP(
         rbpjax.RRE(int(random.integers(1, 8)), 200, tol)
     ),
-    "Direct": lambda *_: rbpjax.Direct(),
+    "Direct": lambda _, tol: rbpjax.Direct(tol=tol),
 }
 
 
@@ -230,14 +230,16 @@ def _judge(
     )
     sigma = np.linalg.svd(matrix, compute_uv=False)
     condition = sigma[:, 0] / sigma[:, -1]
+    least = 1.0
     if group.name.startswith("RBP"):  # its tolerance is relative to ‖z‖, not to ‖g‖
         condition = np.maximum(condition, 1 / sigma[:, -1])
+        least = np.minimum(1.0, np.linalg.norm(found, axis=1))
     converged = wide(report.converged) == 1
     # What rounding alone leaves in a residual of this dtype.
     eps = float(jnp.finfo(group.dtype).eps)
     noise = 4 * eps * group.n * (1 + np.linalg.norm(found, axis=1) * sigma[:, 0])
     noise = np.where(np.isfinite(noise), noise, np.inf)
-    well_within = (residual + noise <= group.tol / 2) & (error <= group.tol)
+    well_within = (residual + noise <= least * group.tol / 2) & (error <= group.tol)
     return Outcome(
         rule=np.full(len(z), list(RULES).index(group.name)),
         converged=converged,

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from rbpjax.fixed_point import tree
 from rbpjax.fixed_point.backward import measured
-from rbpjax.types import LinearMap, PyTree, Solution, check_count, strategy
+from rbpjax.types import LinearMap, PyTree, Solution, check_count, check_real, strategy
 
 
 @strategy
@@ -31,10 +31,13 @@ class Direct:
     Attributes:
       max_size: largest n for which the matrix may be formed. Under ``jax.vmap`` each
         example has a matrix of its own.
+      tol: bound on the relative adjoint residual above which the result is reported as
+        not converged; nothing else depends on it. ``None``: three quarters of the
+        digits of the coarsest dtype in the state.
 
     Raises:
-      ValueError: if ``max_size`` is no positive Python int; when called, if the state
-        has more numbers.
+      ValueError: if a field is out of its range or not a Python number; when called, if
+        the state has more numbers than ``max_size``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -48,10 +51,13 @@ class Direct:
     """
 
     max_size: int = 4096
+    tol: float | None = None
 
     def __post_init__(self) -> None:
         """Validates the fields."""
         check_count(self, "max_size", self.max_size, 1)
+        if self.tol is not None:
+            check_real(self, "tol", self.tol)
 
     def __call__(self, vjp: LinearMap, cotangent: PyTree) -> Solution:
         """Solves (I - Jᵀ) z = g."""
@@ -71,7 +77,8 @@ class Direct:
         matrix = eye - jax.vmap(column)(eye).T
         z = restore(jnp.linalg.solve(matrix, flat))
         steps = tree.vary_like(jnp.int32(n), g)
-        return measured(vjp, g, size, z, steps, tree.default_tol(g))
+        tol = tree.default_tol(g) if self.tol is None else self.tol
+        return measured(vjp, g, size, z, steps, tol)
 
 
 def _as_vector(x: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
