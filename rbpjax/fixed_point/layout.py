@@ -2,7 +2,7 @@
 
 XLA for CPU brings a convolution to the order of its fast routine (images as batch,
 space, channels; kernels as space, inputs, outputs), but not inside loops: there any
-other order falls back to scalar code, some twenty times slower. The product with Jᵀ of
+other order falls back to scalar code, many times slower. The product with Jᵀ of
 a convolution is one with inputs and outputs of its kernel exchanged, and so always in
 another order. Here the exchange is written out: of the kernel, once, outside the loop.
 """

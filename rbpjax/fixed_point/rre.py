@@ -25,15 +25,16 @@ class RRE:
         h ← h_{m+1} - Σᵢ γᵢ uᵢ₊₁,   γ = argmin ‖u_m - Σᵢ γᵢ (uᵢ₊₁ - uᵢ)‖² + ridge · …
 
     with the ridge of ``Anderson``, whose steps these are, taken once a cycle instead of
-    in each: about as many evaluations of f, with a third of the arithmetic beside
-    them, and half of the memory. On linear maps a cycle is ``memory + 1`` steps of
+    in each: about as many evaluations of f, with less arithmetic beside them. On linear
+    maps a cycle is ``memory + 1`` steps of
     GMRES; ``RBP(RRE())`` is its restarted form for the adjoint. Converges also for
     ρ(J) > 1 if few eigenvalues are that large. No guarantee: the best iterate is
     returned, and divergence stops the loop, as in ``FixedPointIteration``.
 
-    Cost: one evaluation of f a step, and (memory + 2) · n multiplications on average;
-    memory: 2 · memory + 6 states. The coefficients are common to the whole state; under
-    ``jax.vmap`` each example has its own.
+    Cost: one evaluation of f a step, and (memory + 1) · n multiplications on average,
+    where ``Anderson`` makes 4 · memory · n; memory: 2 · memory + 6 states. The
+    coefficients are common to the whole state; under ``jax.vmap`` each example has its
+    own.
 
     Attributes:
       memory: number of differences combined, one less than the steps of a cycle.

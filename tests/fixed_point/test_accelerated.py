@@ -34,17 +34,25 @@ SOLVERS = {
 }
 
 
-@pytest.mark.parametrize("name", [*PROBLEMS, "expansive"])
-@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
-def test_the_fixed_point_is_found(name, solver):
-    """ρ(J) > 1 included, where one difference alone is too few for three directions."""
-    problem = EXPANSIVE if name == "expansive" else PROBLEMS[name]
-    if name == "expansive" and solver == SOLVERS["rre_one"]:
-        pytest.skip("a memory of one cannot remove a pair of complex eigenvalues")
+CASES = [(s, name) for s in SOLVERS for name in [*PROBLEMS, "expansive"]]
+CASES.remove(("rre_one", "expansive"))  # the next test
+
+
+@pytest.mark.parametrize(("solver", "name"), CASES)
+def test_the_fixed_point_is_found(solver, name):
+    """By each solver on each problem, ρ(J) > 1 included."""
+    problem, solver = {**PROBLEMS, "expansive": EXPANSIVE}[name], SOLVERS[solver]
     solve = jax.jit(rbpjax.rbp_solve(problem.f, forward=solver))
     solution = solve(problem.params, problem.inputs, problem.h0)
     assert solution.converged and solution.residual <= 1e-12
     assert_close(solution.value, fixed_point(problem), 1e-10)
+
+
+def test_one_difference_is_too_few_for_a_pair_of_eigenvalues():
+    """RRE(1) on complex eigenvalues outside the unit circle fails, and says so."""
+    solve = rbpjax.rbp_solve(EXPANSIVE.f, forward=RRE(1, tol=1e-12))
+    solution = solve(EXPANSIVE.params, EXPANSIVE.inputs, EXPANSIVE.h0)
+    assert not solution.converged and solution.residual > 1e-3
 
 
 def affine(n=6, seed=0, scale=1.4):
@@ -237,8 +245,38 @@ def test_cg_says_so_where_the_jacobian_is_not_symmetric():
         assert solution.residual > 1e-2 and solution.num_steps <= most
 
 
+STOPPING = {
+    "rre": (lambda tol, k: RBP(RRE(3, k, tol)), 1),
+    "cg": (lambda tol, k: CG(k, tol), 2),
+    "newton": (lambda tol, k: RBP(Newton(BiCGSTAB(tol=0.1), k, tol)), 1),
+}
+
+
+@pytest.mark.parametrize("tol", [1e-3, 1e-9])
+@pytest.mark.parametrize("name", STOPPING)
+def test_they_stop_at_the_tolerance_and_not_beyond(name, tol):
+    """Converged at ``tol``; with a little less of a budget, not yet.
+
+    A stopping test that asks for more than ``tol`` would have met ``tol`` before. CG
+    aims at half of it, hence its two steps; the others look at each residual.
+    """
+    make, slack = STOPPING[name]
+    jac = jnp.asarray(FAMILIES["symmetric [0, 0.9]"](np.random.default_rng(1), 60))
+    g = jnp.asarray(np.random.default_rng(2).normal(size=60))
+    run = lambda k: make(tol, k)(lambda v: jac @ v, g)
+    whole = run(500)
+    taken = int(whole.num_steps)
+    assert whole.converged and taken > slack
+    z = whole.value
+    # RBP's tolerance is relative to ‖z‖ and g + Jᵀz, CG's to ‖g‖; ‖z‖ is larger here.
+    assert jnp.linalg.norm(g + jac @ z - z) <= tol * jnp.linalg.norm(
+        g if name == "cg" else g + jac @ z
+    )
+    assert not run(taken - slack).converged
+
+
 def test_what_they_cost():
-    """One product a step of RRE; n for Direct, in one batch."""
+    """One product a step of RRE, and one for the residual of the last iterate."""
     jac, g = affine(12, 1, 0.9)
     made, taken = count_products(RBP(RRE(3, 8)), lambda h: jac @ h, g, g)
     assert made == taken + 1
