@@ -139,7 +139,13 @@ def evaluations(forward, backward):
 
 @pytest.mark.parametrize(
     "forward",
-    [FixedPointIteration(), Anderson(), RRE(), FixedPointIteration(damping=0.1)],
+    [
+        FixedPointIteration(),
+        Anderson(),
+        RRE(),
+        Newton(BiCGSTAB(tol=0.1)),
+        FixedPointIteration(damping=0.1),
+    ],
 )
 @pytest.mark.parametrize("backward", [Adaptive(), Neumann(5), CGNormal()], ids=repr)
 def test_evaluations_of_f_in_a_gradient(forward, backward):
