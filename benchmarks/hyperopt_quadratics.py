@@ -32,6 +32,8 @@ from rbpjax import (
     FixedPointIteration,
     Neumann,
 )
+from rbpjax.fixed_point import tree
+from rbpjax.fixed_point.krylov import start_at_zero
 
 TITLE = "Closed form, products with J or Jᵀ to an adjoint residual of 1e-6"
 NOTE = (
@@ -132,9 +134,12 @@ def hypergradient(optimizer: str, name: str, rule: Any, given: Quadratic) -> dic
     products = solution.num_steps * RULES[name][1]
     if isinstance(rule, Adaptive):  # Neumann's steps have one product, the others two
         _, vjp = jax.vjp(lambda h: f(given.decay, given, h), h)
-        unit = jax.tree.map(lambda x: x / optax.tree.norm(g), g)
-        first = rule.neumann(lambda v: vjp(v)[0], unit)[2]
-        products = first + 2 * (solution.num_steps - first)
+        unit, _ = tree.to_unit(g)
+        tol = tree.default_tol(g) if rule.tol is None else rule.tol
+        (_, _, steps, _), terms = rule.solve(
+            lambda v: vjp(v)[0], unit, start_at_zero(unit), tol
+        )
+        products = 2 * steps - terms
     return {
         "error": error,
         "products": products,

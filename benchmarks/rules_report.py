@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import figure, require, save_figure, say, table
+from benchmarks.rules_peers import DEFAULT
 
 README = Path(__file__).parent / "README.md"
 COLORS = {
@@ -19,6 +20,8 @@ COLORS = {
     "jax": "C7",
     "torchdeq": "C3",
 }
+DEFAULTS = ("jaxopt normal CG", "optimistix default (LU)")
+"""What the peers do when nothing is chosen; the forward iteration is theirs too."""
 Entry = dict[str, Any]
 
 
@@ -42,6 +45,25 @@ def overall(result: Entry, target: str, role: str) -> dict[str, Any] | None:
     if not logs:
         return None
     return _quartiles(np.exp(np.mean(logs, axis=0))) | {"problems": len(logs)}
+
+
+def untuned(result: Entry, target: str, peer: str) -> str:
+    """A library's own default ÷ ours, tolerances apart: mean over problems, extremes.
+
+    Of medians, not turn by turn: far slower ones have only the time of their trial.
+    """
+    ratios = []
+    for entry in result["problems"].values():
+        found = entry["targets"][target]["methods"]
+        if peer in found and DEFAULT in found:
+            pair = (found[name]["seconds"]["median"] for name in (peer, DEFAULT))
+            ratios.append(np.divide(*pair))
+    if not ratios:
+        return f"{peer} met it nowhere"
+    return (
+        f"{peer} {np.exp(np.mean(np.log(ratios))):.2f} ({min(ratios):.2f} to "
+        f"{max(ratios):.3g}, {len(ratios)} problems)"
+    )
 
 
 def line(entry: Entry) -> str:
@@ -134,6 +156,9 @@ def tables(result: Entry) -> str:
                 f"{title} {_shown(overall(result, target, role))}"
                 for role, title in (("default", "default"), ("ours", "best rule"))
             )
+            + ". The defaults of other libraries ÷ our default, where they meet the "
+            "error at all: "
+            + "; ".join(untuned(result, target, peer) for peer in DEFAULTS)
             + ".",
         ]
     parts += [
@@ -149,7 +174,7 @@ def tables(result: Entry) -> str:
 def _row(entry: Entry, target: str) -> dict[str, str]:
     """Times of the default, and the best of each library."""
     found = entry["targets"][target]["methods"]
-    row = {"problem": entry["title"], "default": _time(found, ["rbpjax Adaptive"])}
+    row = {"problem": entry["title"], "default": _time(found, [DEFAULT])}
     row["best rule"] = _time(found, [n for n in found if n.startswith("rbpjax")], True)
     for library in ("jaxopt", "optimistix"):
         row[library] = _time(found, [n for n in found if n.startswith(library)], True)
@@ -251,7 +276,7 @@ def draw_error(result: Entry) -> Any:
             curve = [(p["error"], p["seconds"]) for p in found["curve"]]
             curve = sorted((e, 1e3 * s) for e, s in curve if e is not None and e < 1)
             if curve:
-                default = method == "rbpjax Adaptive"
+                default = method == DEFAULT
                 ours = found["library"] == "rbpjax"
                 ax.loglog(
                     *zip(*curve, strict=True),

@@ -1,4 +1,4 @@
-"""The default rule: Neumann while it is fast, Krylov methods from where it stalls."""
+"""The default rule: Neumann while that is the way, Krylov methods where it is not."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from jax import lax
 
 from rbpjax.fixed_point import tree
 from rbpjax.fixed_point.backward import measured
+from rbpjax.fixed_point.forward import next_look, repeat
 from rbpjax.fixed_point.krylov import BiCGSTAB, CGNormal, Progress, start_at_zero
 from rbpjax.types import (
     LinearMap,
@@ -18,31 +19,40 @@ from rbpjax.types import (
     strategy,
 )
 
+ALIGNED = 0.75
+"""Cosine of two residuals from which the later one says little that is new."""
+FEW = 8
+"""Steps that are left, at most, where it is not worth while to change the method."""
+GROWTH = 1e3
+"""What terms may grow by before they fall: on quadratics, momentum needs about √κ/2."""
+
 
 @strategy
 class Adaptive:
-    """Right whenever I - J is invertible, as cheap as Neumann where that is fast.
+    """Right whenever I - J is invertible, as cheap as Neumann where that is the way.
 
-    Three loops in one compiled program, each of which ends at once when the tolerance
-    is met already, and goes on from where the one before it stopped:
+    Four loops in one compiled program, each of which ends at once when the tolerance is
+    met already, and goes on from where the one before it stopped:
 
-    1. the Neumann series, as long as its terms shrink by ``contraction`` a step on
-       average (the first ``patience`` steps are free);
+    1. the Neumann series, until the rate of its first terms says that more than
+       ``patience`` would follow, or more than 8 that point where the last ones did
+       (a cosine of 0.75). Krylov methods gain by what terms have in common: much where
+       J has a few large eigenvalues, nothing where they lie on a circle;
     2. BiCGSTAB, which does not need ρ(J) < 1 nor squares the condition number, but may
-       stagnate;
+       stagnate. If it does, the series goes on for as long as it contracts, with half
+       of the budget, and BiCGSTAB after it;
     3. CG on the normal equations, which needs nothing but I - J invertible.
 
     Exact up to ``tol``, or reported as not converged.
 
-    Cost: where ρ(J) is small, that of ``Neumann(tol=tol)``; else some Neumann steps
-    more than the Krylov methods'. Memory: eight states.
+    Cost: that of ``Neumann(tol=tol)`` or, with some Neumann steps more, that of the
+    Krylov methods. Memory: eight states.
 
     Attributes:
       tol: bound on the relative adjoint residual ‖g + Jᵀz - z‖ / ‖g‖. ``None``: three
         quarters of the digits of the coarsest dtype in the state.
-      max_steps: budget of steps over all three loops; the last may use it up alone.
-      contraction: average factor a step above which Neumann is left.
-      patience: number of steps before Neumann is judged.
+      max_steps: budget of steps over all loops; the last may use it up alone.
+      patience: number of Neumann steps that are worth waiting for.
 
     Raises:
       ValueError: if a field is out of its range or not a Python number.
@@ -61,46 +71,79 @@ class Adaptive:
 
     tol: float | None = None
     max_steps: int = 2000
-    contraction: float = 0.65
-    patience: int = 10
+    patience: int = 100
 
     def __post_init__(self) -> None:
         """Validates the fields."""
         if self.tol is not None:
             check_real(self, "tol", self.tol)
         check_count(self, "max_steps", self.max_steps, 1)
-        check_real(self, "contraction", self.contraction, below=1.0)
         check_count(self, "patience", self.patience, 1)
 
     def __call__(self, vjp: LinearMap, cotangent: PyTree) -> Solution:
         """Solves (I - Jᵀ) z = g."""
         g, size = tree.to_unit(cotangent)
         tol = tree.default_tol(g) if self.tol is None else self.tol
-        now = self.neumann(vjp, g)
-        half = self.max_steps // 2 or 1
-        now = BiCGSTAB(half).solve(vjp, g, now, tol)
-        z, _, k, _ = CGNormal(self.max_steps).solve(vjp, g, now, tol)
+        (z, _, k, _), _ = self.solve(vjp, g, start_at_zero(g), tol)
         return measured(vjp, g, size, z, k, tol)
 
-    def neumann(self, vjp: LinearMap, g: PyTree) -> Progress:
-        """The series while it contracts, for a cotangent g of unit norm."""
-        tol = tree.default_tol(g) if self.tol is None else self.tol
+    def solve(
+        self, vjp: LinearMap, g: PyTree, start: Progress, tol: float
+    ) -> tuple[Progress, jax.Array]:
+        """Goes on from ``start``, for a g of unit norm; counts Neumann's steps apart.
 
-        def fast(carry: tuple) -> jax.Array:
-            _, _, k, residual = carry
-            allowed = self.contraction ** k.astype(residual.dtype)
-            good = (k < self.patience) | (residual <= allowed)  # False for NaN
-            # Half of the tolerance is left to rounding, as in Neumann.
-            return (residual > tol / 2) & good & (k < self.max_steps)
+        A step of Neumann is one product with J or Jᵀ, a step of the others is two.
+        """
+        half = BiCGSTAB(self.max_steps // 2 or 1)
+
+        def unsolved(carry: tuple) -> jax.Array:
+            attempts, _, (_, _, _, error) = carry
+            return (error > tol) & (attempts < 2)
+
+        def attempt(carry: tuple) -> tuple:
+            attempts, terms, before = carry
+            now = self.neumann(vjp, before, tol, attempts > 0)
+            # BiCGSTAB would get stuck again where it has been stuck.
+            stuck = (attempts > 0) & (now[3] >= before[3])
+            tol_now = jnp.where(stuck, jnp.inf, tol).astype(now[3].dtype)
+            terms += now[2] - before[2]
+            return attempts + 1, terms, half.solve(vjp, g, now, tol_now)
+
+        zero = jnp.zeros_like(start[2])
+        _, terms, now = lax.while_loop(unsolved, attempt, (zero, zero, start))
+        return CGNormal(self.max_steps).solve(vjp, g, now, tol), terms
+
+    def neumann(
+        self, vjp: LinearMap, start: Progress, tol: float, stubborn: jax.Array
+    ) -> Progress:
+        """The series while it is worth while, or ``stubborn``: while it contracts."""
+        tol = tol / 2  # Half of it is left to rounding, as in Neumann.
+        budget = self.max_steps // 2 or 1
+
+        def worthwhile(carry: tuple) -> jax.Array:
+            _, _, k, residual, _, good = carry
+            return (residual > tol) & good & (k < budget)
 
         def body(carry: tuple) -> tuple:
-            z, r, k, _ = carry
-            z, r = tree.add(z, r), vjp(r)
-            return z, r, k + 1, tree.norm(r)
+            z, old, k, before, ahead, _ = carry
+            z, r = repeat(lambda c: (tree.add(*c), vjp(c[1])), ahead, (z, old))
+            k, residual = k + ahead, tree.norm(r)
+            far = jnp.log(residual / tol) / jnp.log(before / residual)
+            left = jnp.where(residual < before, far * ahead.astype(far.dtype), jnp.inf)
+            aligned = jnp.abs(tree.vdot(r, old)) > ALIGNED * residual * before
+            taken = k - start[2]
+            hopeless = (taken >= FEW) & (left > self.patience)
+            slow = (taken >= FEW // 2) & aligned & (left > FEW)
+            gone = (taken >= self.patience) & (left > budget)
+            good = jnp.where(stubborn, ~gone, ~(hopeless | slow))
+            good &= residual < GROWTH * start[3]  # False for NaN
+            after = next_look(None, taken, ahead, residual, before, tol)
+            return z, r, k, residual, jnp.minimum(after, budget - k), good
 
-        start = start_at_zero(g)
-        z, r, k, residual = lax.while_loop(fast, body, start)
-        # Terms that grew are worse than nothing: the Krylov methods start afresh.
-        useful = residual < 1
-        z, r = tree.where(useful, z, start[0]), tree.where(useful, r, g)
+        two = jnp.full_like(start[2], min(2, budget))
+        go_on = start[2] < budget
+        z, r, k, residual, _, _ = lax.while_loop(worthwhile, body, (*start, two, go_on))
+        # Terms that grew are worse than nothing: what follows starts without them.
+        useful = residual < start[3]
+        z, r = tree.where(useful, z, start[0]), tree.where(useful, r, start[1])
         return z, r, k, jnp.where(useful, residual, start[3])

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rbpjax.fixed_point import tree
-from rbpjax.fixed_point.forward import FixedPointIteration, repeat
+from rbpjax.fixed_point.forward import FixedPointIteration, next_look, repeat
 from rbpjax.types import (
     ForwardSolver,
     LinearMap,
@@ -44,7 +44,7 @@ def measured(
     return Solution(tree.scale(size, z), steps, residual, converged)
 
 
-def resolved(z: PyTree, tol: float) -> jax.Array:
+def resolved(z: PyTree, tol: float | jax.Array) -> jax.Array:
     """Whether the residual of z, for a unit cotangent, means anything.
 
     Rounding alone leaves an error of ε‖z‖ in it. A singular I - J lets z grow until g
@@ -75,8 +75,8 @@ class Neumann:
         quarters of the digits of the coarsest dtype in the state.
       max_steps: budget of steps when there is a tolerance.
       damping: 1 - ω, in [0, 1).
-      check_every: test the tolerance after every so many steps only. Where states are
-        sharded, each test is a collective.
+      check_every: test the tolerance after every so many steps. ``None``: rarely while
+        it is far away, as in ``FixedPointIteration``.
 
     Raises:
       ValueError: if a field is out of its range, or both ``steps`` and ``tol`` given.
@@ -98,12 +98,13 @@ class Neumann:
     tol: float | None = None
     max_steps: int = 1000
     damping: float = 0.0
-    check_every: int = 1
+    check_every: int | None = None
 
     def __post_init__(self) -> None:
         """Validates the fields."""
         check_real(self, "damping", self.damping, below=1.0)
-        check_count(self, "check_every", self.check_every, 1)
+        if self.check_every is not None:
+            check_count(self, "check_every", self.check_every, 1)
         check_count(self, "max_steps", self.max_steps, 1)
         if self.tol is not None:
             check_real(self, "tol", self.tol)
@@ -142,19 +143,23 @@ class Neumann:
         eps = float(jnp.finfo(tree.real_dtype(g)).eps)
 
         def unfinished(carry: tuple) -> jax.Array:
-            _, _, k, residual, best = carry
+            _, _, k, residual, best, _ = carry
             sane = residual <= best * eps**-0.5  # False for NaN
             return (residual > tol / 2) & (k <= self.max_steps) & sane
 
         def body(carry: tuple) -> tuple:
-            z, r, k, _, best = carry
-            z, r = repeat(lambda c: grow(*c), self.check_every, (z, r))
-            residual = tree.norm(r)
-            return z, r, k + self.check_every, residual, jnp.minimum(best, residual)
+            z, r, k, before, best, ahead = carry
+            ahead = ahead if self.check_every is None else self.check_every
+            z, r = repeat(lambda c: grow(*c), ahead, (z, r))
+            k, residual = k + ahead, tree.norm(r)
+            after = next_look(self.check_every, k, ahead, residual, before, tol / 2)
+            after = jnp.minimum(after, self.max_steps + 1 - k)
+            return z, r, k, residual, jnp.minimum(best, residual), after
 
         first = tree.norm(g)
         k = tree.vary_like(jnp.int32(0), g)
-        z, _, k, _, _ = lax.while_loop(unfinished, body, (zero, g, k, first, first))
+        carry = (zero, g, k, first, first, k + 1)
+        z, _, k, _, _, _ = lax.while_loop(unfinished, body, carry)
         steps = jnp.maximum(k - 1, 0)  # k terms are the powers 0 … k - 1
         return measured(vjp, g, size, z, steps, tol)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -15,39 +16,69 @@ from rbpjax.types import PyTree, Solution, check_count, check_real, strategy
 def relative_change(new: PyTree, old: PyTree) -> jax.Array:
     """‖new - old‖ / max(‖new‖, ‖old‖), and zero where both vanish.
 
-    Plain sums of squares where float32 can represent them, which is nearly always: one
-    pass over the states. Where they are tiny or huge, entries are divided by the
-    largest one first. Under ``vmap`` both are computed.
+    Plain sums of squares where they can be represented, which is nearly always: one
+    pass over the states. Where states are tiny or huge, they are scaled by a power of
+    two first, without rounding. Under ``vmap`` both are computed.
     """
-    change = tree.sub(new, old)
-    squares = jnp.maximum(tree.vdot(new, new), tree.vdot(old, old))
-    difference = tree.vdot(change, change)
+    difference, squares = _squares(1.0, new, old)
     # Squares that count must be normal numbers, and so must their products with ε².
     info = jnp.finfo(squares.dtype)
     low, high = float(info.tiny) / float(info.eps) ** 2, float(info.max) / 8
-    return lax.cond(
-        (squares > low) & (squares < high),
-        lambda *_: jnp.sqrt(difference / squares),
-        _scaled_change,
+    huge = squares >= high
+    # Powers that bring a sum below `low` near the largest number, and the largest
+    # entry to where as many of them as one likes can be summed.
+    up = 2.0 ** ((math.log2(high) - math.log2(low)) // 2)
+    down = 2.0 ** (-5 * info.maxexp // 8)
+    scale = jnp.where(huge, down, up).astype(squares.dtype)
+    difference, squares = lax.cond(
+        huge | (squares <= low),
+        _squares,
+        lambda *_: (difference, squares),
+        scale,
         new,
         old,
     )
+    return jnp.sqrt(difference / jnp.where(squares == 0, 1, squares))
 
 
-def _scaled_change(new: PyTree, old: PyTree) -> jax.Array:
-    """``relative_change`` for states of any scale."""
-    largest = jnp.maximum(tree.max_abs(new), tree.max_abs(old))
-    safe = jnp.where(largest == 0, 1, largest).astype(largest.dtype)
-    new, old = tree.divide(new, safe), tree.divide(old, safe)
-    size = jnp.maximum(tree.norm(new), tree.norm(old))
-    return tree.norm(tree.sub(new, old)) / jnp.where(size == 0, 1, size)
+def _squares(scale: jax.Array | float, new: PyTree, old: PyTree) -> tuple:
+    """‖new - old‖² and max(‖new‖², ‖old‖²) of the scaled states."""
+    change = tree.scale(scale, tree.sub(new, old))
+    new, old = tree.scale(scale, new), tree.scale(scale, old)
+    squares = jnp.maximum(tree.vdot(new, new), tree.vdot(old, old))
+    return tree.vdot(change, change), squares
 
 
-def repeat(update: Callable, times: int, carry: tuple) -> tuple:
+def repeat(update: Callable, times: int | jax.Array, carry: tuple) -> tuple:
     """``update`` applied ``times`` times, without a loop for once."""
-    if times == 1:
+    if isinstance(times, int) and times == 1:
         return update(carry)
-    return lax.fori_loop(0, times, lambda _, c: update(c), carry)
+    zero = tree.vary_like(jnp.int32(0), (times, carry))
+    times = tree.vary_like(jnp.int32(times), (times, carry))
+    return lax.fori_loop(zero, times, lambda _, c: update(c), carry)
+
+
+def next_look(
+    every: int | None,
+    k: jax.Array,
+    since: int | jax.Array,
+    residual: jax.Array,
+    before: jax.Array,
+    tol: float,
+) -> int | jax.Array:
+    """Number of steps, after ``k`` of them, to the next look at the residual.
+
+    That is ``every``, or, if ``None``, three quarters of the way to the tolerance at
+    the rate of the last ``since`` steps, in which the residual fell from ``before``:
+    every step in a divergence and near the end, and never more than ``k``, so that a
+    rate that misleads can at most double the steps.
+    """
+    if every is not None:
+        return every
+    fallen, to_fall = jnp.log(residual / before), jnp.log(tol / residual)
+    ahead = 0.75 * to_fall / fallen * jnp.asarray(since).astype(residual.dtype)
+    most = k.astype(residual.dtype)
+    return jnp.where(ahead >= 1, jnp.minimum(ahead, most), 1).astype(k.dtype)
 
 
 @strategy
@@ -57,7 +88,7 @@ class FixedPointIteration:
     Converges from a nearby start if and only if ρ((1 - damping) J + damping I) < 1, at
     that rate. Damping helps where J has large negative or complex eigenvalues.
 
-    The value returned is the iterate with the smallest residual, and the residual
+    The value returned is the one with the smallest residual looked at, and the residual
     reported is that of this very value: it takes ``num_steps`` steps to reach the value
     and one evaluation of f more to know its residual. Divergence (a residual that is
     not finite, or 1/√ε times the best seen) stops the loop.
@@ -74,8 +105,11 @@ class FixedPointIteration:
       steps: if given, take exactly this many steps and return the last iterate,
         whatever its residual, which is still reported (``converged`` compares it with
         the default tolerance); excludes ``tol``.
-      check_every: look at the residual after every so many steps only. Where states are
-        sharded, each look is a collective. The budget is used in whole multiples.
+      check_every: look at the residual after every so many steps, and use the budget in
+        whole multiples. ``None``: rarely while it is far from the tolerance at the rate
+        so far, about log(num_steps) times in all, and never later than after twice the
+        steps. A look costs passes over the state and, where that is sharded, a
+        collective.
 
     Raises:
       ValueError: if a field is out of its range or not a Python number.
@@ -91,13 +125,14 @@ class FixedPointIteration:
     tol: float | None = None
     damping: float = 0.0
     steps: int | None = None
-    check_every: int = 1
+    check_every: int | None = None
 
     def __post_init__(self) -> None:
         """Validates the fields."""
         check_count(self, "max_steps", self.max_steps, 1)
         check_real(self, "damping", self.damping, below=1.0)
-        check_count(self, "check_every", self.check_every, 1)
+        if self.check_every is not None:
+            check_count(self, "check_every", self.check_every, 1)
         if self.tol is not None:
             check_real(self, "tol", self.tol)
         if self.steps is not None:
@@ -120,35 +155,39 @@ class FixedPointIteration:
         eps = float(jnp.finfo(tree.real_dtype(h0)).eps)
 
         def unfinished(carry: tuple) -> jax.Array:
-            _, _, k, best, _, residual = carry
+            _, _, _, k, _, best, residual, _ = carry
             sane = (residual <= best * eps**-0.5) | (k == 0)  # False for NaN
             return (best > tol) & (k <= self.max_steps) & sane
 
         def advance(carry: tuple) -> tuple:
-            h_next, _, _ = carry
-            image = step(h_next)
-            return self._mix(image, h_next), h_next, image
+            image, h = carry
+            h = self._mix(image, h)
+            return step(h), h
 
         def body(carry: tuple) -> tuple:
-            h_next, h_best, k, best, k_best, _ = carry
-            last = (h_next, h_next, h_next)
-            h_next, h, image = repeat(advance, self.check_every, last)
+            image, h, h_best, k, k_best, best, before, ahead = carry
+            ahead = ahead if self.check_every is None else self.check_every
+            image, h = repeat(advance, ahead, (image, h))
+            k = k + ahead
             residual = relative_change(image, h)
             better = residual < best
-            k = k + self.check_every
+            after = next_look(self.check_every, k, ahead, residual, before, tol)
             return (
-                h_next,
+                image,
+                h,
                 tree.where(better, h, h_best),
                 k,
-                jnp.where(better, residual, best),
                 jnp.where(better, k - 1, k_best),  # one evaluation looks at h itself
+                jnp.where(better, residual, best),
                 residual,
+                jnp.minimum(after, self.max_steps + 1 - k),
             )
 
-        k = tree.vary_like(jnp.int32(0), h0)
+        zero = tree.vary_like(jnp.int32(0), h0)
         infinity = tree.vary_like(jnp.array(jnp.inf, tree.real_dtype(h0)), h0)
-        carry = lax.while_loop(unfinished, body, (h0, h0, k, infinity, k, infinity))
-        _, value, _, residual, steps, _ = carry
+        carry = (h0, h0, h0, zero, zero, infinity, infinity, zero + 1)
+        carry = lax.while_loop(unfinished, body, carry)
+        _, _, value, _, steps, residual, _, _ = carry
         return Solution(value, steps, residual, residual <= tol)
 
     def _mix(self, image: PyTree, h: PyTree) -> PyTree:

@@ -40,7 +40,7 @@ def refine(
     inner: Callable,
     measure: Callable,
     start: Progress,
-    tol: float,
+    tol: float | jax.Array,
     max_steps: int,
     stalled: float = 0.5,
 ) -> Progress:
@@ -234,7 +234,9 @@ class BiCGSTAB:
         z, r, k, now = self.solve(vjp, g, start_at_zero(g), tol)
         return Solution(tree.scale(size, z), k, tree.norm(r), now <= tol)
 
-    def solve(self, vjp: LinearMap, g: PyTree, start: Progress, tol: float) -> Progress:
+    def solve(
+        self, vjp: LinearMap, g: PyTree, start: Progress, tol: float | jax.Array
+    ) -> Progress:
         """Goes on from ``start``, for a cotangent g of unit norm."""
         apply = lambda z: tree.sub(z, vjp(z))
 

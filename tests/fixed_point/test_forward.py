@@ -1,14 +1,17 @@
 """Forward solvers: what they return is what they say it is."""
 
+import math
 from functools import partial
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import rbpjax
 from rbpjax import FixedPointIteration, Solution
+from rbpjax.fixed_point.forward import next_look, relative_change
 from tests.problems import (
     CONVERGED_RTOL,
     PROBLEMS,
@@ -80,7 +83,7 @@ def test_best_iterate_is_returned():
         h = step(h)
     best = min(range(15), key=residuals.__getitem__)
     assert 0 < best < 10  # it falls, then rises
-    solution = FixedPointIteration(max_steps=14)(step, h0)
+    solution = FixedPointIteration(max_steps=14, check_every=1)(step, h0)
     assert solution.num_steps == best
     chex.assert_trees_all_close(
         solution.value, jnp.array([1 + 0.1**best, 1e-3 * 1.2**best]), rtol=1e-12
@@ -128,12 +131,76 @@ def test_looking_less_often_takes_at_most_that_many_steps_more(every):
     """check_every = k: the same point, up to k - 1 steps later."""
     problem = PROBLEMS["tanh_rnn"]
     step = partial(problem.f, problem.params, problem.inputs)
-    each = FixedPointIteration(tol=1e-9)(step, problem.h0)
+    each = FixedPointIteration(tol=1e-9, check_every=1)(step, problem.h0)
     some = FixedPointIteration(tol=1e-9, check_every=every)(step, problem.h0)
     assert some.converged and (some.num_steps + 1) % every == 0
     assert 0 <= int(some.num_steps) - int(each.num_steps) < every
     # Both within residual · ‖(I - J)⁻¹‖ of h*, which is below 10 here.
     chex.assert_trees_all_close(some.value, each.value, rtol=0, atol=4e-8)
+
+
+def looks(residuals, tol, most=10**6):
+    """After which steps ``next_look`` looks at a given sequence of residuals."""
+    taken, since, before = [1], 1, jnp.inf
+    while residuals(taken[-1]) > tol and taken[-1] < most:
+        k = jnp.int32(taken[-1])
+        residual = jnp.array(residuals(taken[-1]))
+        ahead = int(next_look(None, k, since, residual, before, tol))
+        taken, since, before = [*taken, taken[-1] + ahead], ahead, residual
+    return taken
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.9, 0.99, 0.999])
+def test_few_looks_find_the_first_step_that_meets_the_tolerance(rate):
+    """At a constant rate: doubling up to the tolerance, then quartering what is left.
+
+    log₂N looks go up to N / 2 or more and log₄N + 1 down, with two more for rounding.
+    """
+    first = math.ceil(math.log(1e-9) / math.log(rate))
+    taken = looks(lambda k: rate**k, 1e-9)
+    assert taken[-1] == first
+    assert len(taken) <= 1.5 * math.log2(first) + 3
+
+
+def test_looks_are_never_late_by_more_than_the_steps_taken():
+    """A rate that misleads, slow and then sudden: at most twice the steps."""
+    for sudden in (3, 10, 100, 1000):
+        residuals = lambda k, s=sudden: 0.9999**k if k < s else 1e-12
+        assert sudden <= looks(residuals, 1e-9)[-1] < 2 * sudden
+
+
+def test_every_step_is_looked_at_where_residuals_grow_or_are_no_numbers():
+    """Nothing is to be foreseen there, and the loop has to end."""
+    assert looks(lambda k: 1.1**k, 1e-9, 30) == list(range(1, 31))
+    assert int(next_look(None, jnp.int32(8), 4, jnp.array(jnp.nan), 1.0, 1e-9)) == 1
+
+
+@pytest.mark.parametrize("name", ["tanh_rnn", "hopfield"])
+def test_the_default_looks_take_the_steps_of_looking_at_each(name):
+    """The same value bit for bit where the rate only ever slows down."""
+    problem = PROBLEMS[name]
+    step = partial(problem.f, problem.params, problem.inputs)
+    each = FixedPointIteration(tol=1e-9, check_every=1)(step, problem.h0)
+    some = FixedPointIteration(tol=1e-9)(step, problem.h0)
+    assert each.converged and each.num_steps > 10
+    chex.assert_trees_all_equal(some, each)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e-5, 1e5, 1e18, 1e35])
+@pytest.mark.parametrize("n", [2, 100_000])
+def test_relative_change_at_any_scale(size, n):
+    """Of float32 states, against float64. The difference of close numbers is exact; a
+    sum of n squares is wrong by about √n ε of it, and its root by half of that.
+    """
+    old = np.random.default_rng(0).normal(size=n)
+    new = old * (1 + 1e-3 * np.random.default_rng(1).normal(size=n))
+    old, new = ((size * u).astype(np.float32) for u in (old, new))
+    wide = lambda u: u.astype(np.float64) / size  # whose squares float64 has
+    norm = np.linalg.norm
+    exact = norm(wide(new) - wide(old)) / max(norm(wide(new)), norm(wide(old)))
+    assert jax.jit(relative_change)(new, old) == pytest.approx(
+        exact, rel=(n**0.5 + 4) * 1.2e-7, abs=0
+    )
 
 
 @solvers

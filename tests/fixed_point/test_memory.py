@@ -107,7 +107,8 @@ def test_products_in_a_backward_step(rule, products):
     bars = lambda w, h, g: rbpjax.rbp_vjp(tanh_rnn, w, X, h, g, rule)[0]
     compiled = jax.jit(bars).lower(W, h, h).compile()
     bodies = loop_bodies(compiled)
-    assert [count(PRODUCT, body) for body in bodies] == products
+    # The loop around the one that repeats the step only looks at the residual.
+    assert [n for body in bodies if (n := count(PRODUCT, body))] == products
     assert sum(count(r" tanh\(", body) for body in bodies) == 0
     assert count(r" tanh\(", compiled.as_text()) == 1  # the linearization, outside
 

@@ -10,6 +10,8 @@ import pytest
 
 import rbpjax
 from benchmarks.families import FAMILIES
+from benchmarks.hyperopt_quadratics import draw_problem
+from benchmarks.rules_costs import count_products
 from rbpjax import (
     GMRES,
     RBP,
@@ -19,7 +21,9 @@ from rbpjax import (
     CGNormal,
     FixedPointIteration,
     Neumann,
+    Solution,
 )
+from rbpjax.fixed_point.krylov import start_at_zero
 from tests.problems import EXPANSIVE, PROBLEMS, assert_close, fixed_point
 
 
@@ -72,6 +76,59 @@ def test_default_costs_what_neumann_does_where_that_is_fast(random):
     assert_close(default.value, neumann.value, 1e-12)
 
 
+@pytest.mark.parametrize("gain", [0.5, 0.8, 0.9])
+def test_default_stays_with_neumann_on_a_circle(gain, random):
+    """Eigenvalues on a circle: no Krylov method gains anything, so none is tried."""
+    jac = gain * np.linalg.qr(np.random.default_rng(3).normal(size=(200, 200)))[0]
+    g = random.normal(size=200)
+    neumann = adjoint(Neumann(tol=1e-4), jac, g)
+    default = adjoint(Adaptive(tol=1e-4), jac, g)
+    # K powers are K + 1 terms, of which the default counts each.
+    assert default.converged and default.num_steps == neumann.num_steps + 1
+
+
+def test_default_leaves_neumann_early_where_terms_align(random):
+    """A few large eigenvalues: far fewer products than the series has terms."""
+    eigenvalues = np.concatenate([[0.99, -0.98], np.linspace(-0.3, 0.3, 198)])
+    q = np.linalg.qr(np.random.default_rng(3).normal(size=(200, 200)))[0]
+    jac = (q * eigenvalues) @ np.linalg.inv(q)
+    g = random.normal(size=200)
+    default = adjoint(Adaptive(tol=1e-8), jac, g)
+    assert default.converged and default.num_steps < 30  # the series: about 1,800
+
+
+def test_default_waits_for_terms_that_grow_first():
+    """Momentum: BiCGSTAB stagnates, the series grows 18-fold, then converges.
+
+    CG on the normal equations, which squares a condition number of thousands, would
+    take thousands of steps.
+    """
+    given = draw_problem(1000, "momentum", 0)
+    hessian = np.asarray(given.matrix) + np.diag(given.decay)
+    rate, momentum = float(given.rate), float(given.momentum)
+    eye = np.eye(len(hessian))
+    jac = np.block(
+        [[eye - rate * hessian, -rate * momentum * eye], [hessian, momentum * eye]]
+    )
+    g = np.concatenate([given.minimum - given.target, np.zeros(len(hessian))])
+    assert not adjoint(BiCGSTAB(tol=1e-6), jac, g).converged
+    neumann = adjoint(Neumann(tol=1e-6), jac, g)
+    default = adjoint(Adaptive(tol=1e-6), jac, g)
+    assert neumann.converged and default.converged
+    # A first attempt of 8 terms, 30 steps of BiCGSTAB without gain, and the series.
+    assert default.num_steps <= neumann.num_steps + 8 + 30 + 5
+
+    # Terms are counted apart: they have one product, the 30 steps two.
+    def attempts(vjp, g):
+        start = start_at_zero(g / jnp.linalg.norm(g))
+        (z, _, k, residual), terms = Adaptive().solve(vjp, start[1], start, 1e-6)
+        return Solution(z, 2 * k - terms, residual, residual <= 1e-6)
+
+    jac, g = jnp.asarray(jac), jnp.asarray(g)
+    made, counted = count_products(attempts, lambda h: jac @ h, g, g)
+    assert 0 <= made - counted <= 2  # and one each time that BiCGSTAB is measured
+
+
 def test_default_reports_a_singular_system():
     """With I - J singular the default says not converged, and stays finite."""
     jac = jnp.diag(jnp.array([1.0, 0.5, -2.0]))
@@ -117,16 +174,16 @@ def test_damping_converges_where_the_series_does_not():
     assert_close(solution.value, jnp.asarray(dense(jac, g)), 1e-11)
 
 
-@pytest.mark.parametrize("check_every", [1, 3, 50])
+@pytest.mark.parametrize("check_every", [None, 1, 3, 50])
 def test_checking_less_often_takes_at_most_that_many_steps_more(check_every):
     """check_every = k: the same answer, up to k - 1 steps later."""
     problem = PROBLEMS["linear"]
     jac = np.asarray(problem.params)
     g = np.array([1.0, -2.0, 0.5])
-    every = adjoint(Neumann(tol=1e-9), jac, g)
+    every = adjoint(Neumann(tol=1e-9, check_every=1), jac, g)
     some = adjoint(Neumann(tol=1e-9, check_every=check_every), jac, g)
     assert some.converged
-    assert 0 <= int(some.num_steps) - int(every.num_steps) < check_every
+    assert 0 <= int(some.num_steps) - int(every.num_steps) < (check_every or 1)
     assert_close(some.value, jnp.asarray(dense(jac, g)), 1e-8)
 
 
