@@ -140,9 +140,9 @@ class Adaptive:
             after = next_look(None, taken, ahead, residual, before, tol)
             return z, r, k, residual, jnp.minimum(after, budget - k), good
 
-        two = jnp.full_like(start[2], min(2, budget))
-        go_on = start[2] < budget
-        z, r, k, residual, _, _ = lax.while_loop(worthwhile, body, (*start, two, go_on))
+        one, go_on = jnp.ones_like(start[2]), start[2] < budget
+        carry = (*start, one, go_on)
+        z, r, k, residual, _, _ = lax.while_loop(worthwhile, body, carry)
         # Terms that grew are worse than nothing: what follows starts without them.
         useful = residual < start[3]
         z, r = tree.where(useful, z, start[0]), tree.where(useful, r, start[1])
