@@ -132,14 +132,19 @@ def temporary_bytes(function: Callable, *args: Any) -> int:
 def interleaved_times(
     calls: Mapping[str, Callable[[], Any]], repetitions: int
 ) -> dict[str, list[float]]:
-    """Wall-clock seconds of each call, taking turns so that noise hits all alike."""
+    """Wall-clock seconds of each call, taking turns so that noise hits all alike.
+
+    In another order each time: what stands behind a call that leaves its threads
+    spinning, or the caches full, would else always be the slower for it.
+    """
+    random = np.random.default_rng(0)
     for call in calls.values():
         jax.block_until_ready(call())
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repetitions):
-        for name, call in calls.items():
+        for name in random.permutation(list(calls)).tolist():
             start = time.perf_counter()
-            jax.block_until_ready(call())
+            jax.block_until_ready(calls[name]())
             times[name].append(time.perf_counter() - start)
     return times
 

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 import rbpjax
+from benchmarks.families import default_products
 from benchmarks.harness import Checkpoint, figure, progress, save_figure
 from rbpjax import (
     CG,
@@ -32,8 +33,6 @@ from rbpjax import (
     FixedPointIteration,
     Neumann,
 )
-from rbpjax.fixed_point import tree
-from rbpjax.fixed_point.krylov import start_at_zero
 
 TITLE = "Closed form, products with J or Jᵀ to an adjoint residual of 1e-6"
 NOTE = (
@@ -132,14 +131,9 @@ def hypergradient(optimizer: str, name: str, rule: Any, given: Quadratic) -> dic
     (decay_bar, _), solution = rbpjax.rbp_vjp(f, given.decay, given, h, g, rule)
     error = jnp.linalg.norm(decay_bar - given.exact) / jnp.linalg.norm(given.exact)
     products = solution.num_steps * RULES[name][1]
-    if isinstance(rule, Adaptive):  # Neumann's steps have one product, the others two
+    if isinstance(rule, Adaptive):
         _, vjp = jax.vjp(lambda h: f(given.decay, given, h), h)
-        unit, _ = tree.to_unit(g)
-        tol = tree.default_tol(g) if rule.tol is None else rule.tol
-        (_, _, steps, _), terms = rule.solve(
-            lambda v: vjp(v)[0], unit, start_at_zero(unit), tol
-        )
-        products = 2 * steps - terms
+        products = default_products(rule, lambda v: vjp(v)[0], g)
     return {
         "error": error,
         "products": products,

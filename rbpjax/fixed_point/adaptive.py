@@ -39,7 +39,7 @@ class Adaptive:
        (a cosine of 0.75). Krylov methods gain by what terms have in common: much where
        J has a few large eigenvalues, nothing where they lie on a circle;
     2. BiCGSTAB, which does not need ρ(J) < 1 nor squares the condition number, but may
-       stagnate. If it does, the series goes on for as long as it contracts, with half
+       stagnate. If it does, the series goes on for as long as it contracts, up to half
        of the budget, and BiCGSTAB after it;
     3. CG on the normal equations, which needs nothing but I - J invertible.
 
@@ -118,7 +118,8 @@ class Adaptive:
     ) -> Progress:
         """The series while it is worth while, or ``stubborn``: while it contracts."""
         tol = tol / 2  # Half of it is left to rounding, as in Neumann.
-        budget = self.max_steps // 2 or 1
+        half = self.max_steps // 2
+        budget = jnp.where(stubborn, half, self.max_steps).astype(start[2].dtype)
 
         def worthwhile(carry: tuple) -> jax.Array:
             _, _, k, residual, _, good = carry
@@ -134,14 +135,15 @@ class Adaptive:
             taken = k - start[2]
             hopeless = (taken >= FEW) & (left > self.patience)
             slow = (taken >= FEW // 2) & aligned & (left > FEW)
-            gone = (taken >= self.patience) & (left > budget)
+            gone = (taken >= self.patience) & (left > self.max_steps)
             good = jnp.where(stubborn, ~gone, ~(hopeless | slow))
             good &= residual < GROWTH * start[3]  # False for NaN
             after = next_look(None, taken, ahead, residual, before, tol)
             return z, r, k, residual, jnp.minimum(after, budget - k), good
 
-        one, go_on = jnp.ones_like(start[2]), start[2] < budget
-        carry = (*start, one, go_on)
+        # A first look after two terms: one more look costs more than one term too many.
+        first = jnp.minimum(2, budget - start[2])
+        carry = (*start, first, start[2] < budget)
         z, r, k, residual, _, _ = lax.while_loop(worthwhile, body, carry)
         # Terms that grew are worse than nothing: what follows starts without them.
         useful = residual < start[3]

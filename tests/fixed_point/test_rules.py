@@ -87,6 +87,15 @@ def test_default_stays_with_neumann_on_a_circle(gain, random):
     assert default.converged and default.num_steps == neumann.num_steps + 1
 
 
+def test_default_may_use_its_whole_budget_for_the_series(random):
+    """A budget that is enough for Neumann is enough for the default."""
+    jac = 0.8 * np.linalg.qr(np.random.default_rng(3).normal(size=(50, 50)))[0]
+    g = random.normal(size=50)
+    terms = int(adjoint(Neumann(tol=1e-4), jac, g).num_steps) + 1
+    assert adjoint(Adaptive(tol=1e-4, max_steps=terms), jac, g).converged
+    assert not adjoint(Adaptive(tol=1e-4, max_steps=terms - 4), jac, g).converged
+
+
 def test_default_leaves_neumann_early_where_terms_align(random):
     """A few large eigenvalues: far fewer products than the series has terms."""
     eigenvalues = np.concatenate([[0.99, -0.98], np.linspace(-0.3, 0.3, 198)])
