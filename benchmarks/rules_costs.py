@@ -14,9 +14,9 @@ import numpy as np
 from jax import lax
 
 import rbpjax
-from benchmarks.harness import interleaved_times, spread, temporary_bytes
+from benchmarks.harness import interleaved_times, progress, spread, temporary_bytes
 from benchmarks.rules_peers import RULES
-from benchmarks.rules_problems import Problem, rnn
+from benchmarks.rules_problems import PROBLEMS, Problem, rnn
 
 if TYPE_CHECKING:
     from benchmarks.rules import Rules
@@ -25,6 +25,8 @@ TRUNCATIONS = (10, 50, 100)
 LENGTHS = (50, 500, 5000)
 UNSUITED = ("CG", "Direct")  # J is not symmetric, and of 32,768 numbers
 STEPS = 101  # forward, where both sides take the same
+LIMIT_TOL = 1e-4
+COUNTED = ("Neumann", "Adaptive", "BiCGSTAB", "CG", "CGNormal")
 
 
 def truncation(options: Rules) -> dict[str, Any]:
@@ -95,6 +97,42 @@ def overhead(options: Rules) -> dict[str, Any]:
     return result
 
 
+def limit(_: Rules) -> dict[str, Any]:
+    """Products with Jᵀ (or J) to a residual of 1e-4, and the fewest there can be.
+
+    Whatever makes its iterate of products with Jᵀ alone has a residual p(Jᵀ)g with
+    p(1) = 1, and GMRES without restart finds the least of these. (CG on the normal
+    equations takes J too, and is not bound by it.) ``None``: not reached.
+    """
+    return {
+        name: _products(PROBLEMS[name][1]())
+        for name in progress(list(PROBLEMS), len(PROBLEMS), "limit")
+    }
+
+
+def _products(problem: Problem) -> dict[str, int | None]:
+    args = (problem.params, problem.inputs)
+    forward = rbpjax.FixedPointIteration(problem.budget, 1e-6)
+    h = rbpjax.rbp_solve(problem.f, forward=forward)(*args, problem.h0).value
+    g, step = jax.grad(problem.loss)(h), partial(problem.f, *args)
+
+    _, vjp = jax.vjp(step, h)
+
+    def converged(rule: rbpjax.BackwardRule) -> tuple[bool, int]:
+        solve = jax.jit(lambda vjp, g: rule(lambda v: vjp(v)[0], g))
+        solution = solve(vjp, g)
+        return bool(solution.converged), int(solution.num_steps)
+
+    restart = min(h.size, 500 if h.size < 10_000 else 100)
+    reached, fewest = converged(rbpjax.GMRES(restart, LIMIT_TOL, restart))
+    result = {"fewest": fewest if reached else None}
+    for name in COUNTED:
+        rule = RULES[name](LIMIT_TOL, problem.budget)
+        count = count_products(rule, step, h, g)[0] if converged(rule)[0] else None
+        result[name] = count
+    return result
+
+
 def imports(options: Rules) -> dict[str, Any]:
     """Seconds that ``import rbpjax`` takes above ``import jax``, in fresh processes."""
 
@@ -113,6 +151,7 @@ PARTS = {
     "truncation": truncation,
     "memory": memory,
     "overhead": overhead,
+    "limit": limit,
     "imports": imports,
 }
 
@@ -121,8 +160,6 @@ def count_products(
     rule: rbpjax.BackwardRule, step: Any, h: jax.Array, g: jax.Array
 ) -> tuple[int, int]:
     """Products with J or Jᵀ that the rule executes, by a call from each; its steps."""
-    _, vjp = jax.vjp(step, h)
-    _, jvp = jax.linearize(step, h)
     calls: list[int] = []
 
     def note(v: np.ndarray) -> np.ndarray:
@@ -135,14 +172,21 @@ def count_products(
         kind = jax.ShapeDtypeStruct(entry.shape, entry.dtype)
         return product(v) + jax.pure_callback(note, kind, entry)
 
-    linear = partial(
-        jax.custom_derivatives.linear_call,
-        lambda _, v: noted(lambda v: vjp(v)[0], v),
-        lambda _, v: noted(jvp, v),
-        (),
-    )
-    # Value and steps alone: the product that measures the residual is for its readers.
-    solution = jax.jit(lambda g: rule(linear, g)[:2])(g)
+    # The linearization is an argument: as a constant it would keep the compiler busy.
+    @jax.jit
+    def solve(vjp: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        transposed = lambda v: vjp(v)[0]
+        product = lambda v: jax.linear_transpose(transposed, g)(v)[0]
+        linear = partial(
+            jax.custom_derivatives.linear_call,
+            lambda _, v: noted(transposed, v),
+            lambda _, v: noted(product, v),
+            (),
+        )
+        # Value and steps alone: the product for the residual is for its readers.
+        return rule(linear, g)[:2]
+
+    solution = solve(jax.vjp(step, h)[1], g)
     jax.block_until_ready(solution)
     return len(calls), int(solution[1])
 

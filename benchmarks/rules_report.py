@@ -165,7 +165,7 @@ def tables(result: Entry) -> str:
         "Compile time and temporary memory of the default and of the fastest peer (at "
         f"{target}):",
         table([_cost_row(entry, target) for entry in result["problems"].values()]),
-        *_costs(result["costs"]),
+        *_costs(result["costs"], result["problems"]),
         f"{where['date']}, {where['device']}, {where['cores']} cores, {packages}.",
     ]
     return "\n\n".join(parts)
@@ -213,7 +213,7 @@ def _cost_row(entry: Entry, target: str) -> dict[str, str]:
     return row
 
 
-def _costs(costs: Entry) -> list[str]:
+def _costs(costs: Entry, problems: Entry) -> list[str]:
     parts = []
     if "truncation" in costs:
         rows = [
@@ -244,6 +244,8 @@ def _costs(costs: Entry) -> list[str]:
             "tanh RNN 128 × 256, ‖W‖₂ = 0.9, tolerance 1e-6:",
             table(rows),
         ]
+    if "limit" in costs:
+        parts += _limit(costs["limit"], problems)
     if "memory" in costs:
         made = []
         for batch, methods in costs["memory"].items():
@@ -262,6 +264,37 @@ def _costs(costs: Entry) -> list[str]:
             f"jax` ({c['jax']['median']:.2f} s)."
         )
     return parts
+
+
+def _limit(limit: Entry, problems: Entry) -> list[str]:
+    """Products of each rule, and how far they are from the fewest."""
+    rows = [
+        {"problem": problems[name]["title"]}
+        | {rule: "–" if n is None else str(n) for rule, n in counts.items()}
+        for name, counts in limit.items()
+    ]
+
+    def mean(pairs: list[tuple[int | None, int | None]]) -> str:
+        logs = [np.log(n / least) for n, least in pairs if n and least]
+        return f"{np.exp(np.mean(logs)):.2f} ({len(logs)})"
+
+    rules = [rule for rule in next(iter(limit.values())) if rule != "fewest"]
+    shown = [
+        f"{rule} {mean([(c[rule], c['fewest']) for c in limit.values()])}"
+        for rule in rules
+    ]
+    best = [
+        (min((c[r] for r in rules if c[r]), default=None), c["fewest"])
+        for c in limit.values()
+    ]
+    return [
+        "Products with Jᵀ (CGNormal: and J) of a backward solve to a residual of 1e-4, "
+        "and the fewest that any method can do with whose iterate is made of products "
+        "with Jᵀ: GMRES without a restart. – not reached.",
+        table(rows),
+        "Products ÷ the fewest, geometric means over the problems (as many) where both "
+        f"reach it: {', '.join([*shown, f'the best of these {mean(best)}'])}.",
+    ]
 
 
 def draw_error(result: Entry) -> Any:

@@ -23,6 +23,7 @@ TARGETS = (1e-3, 1e-5)
 HOPELESS = 8.0
 """A method that takes so many times the best time so far is tried no further."""
 TRIALS = 3
+LOOSEST = 0.3
 FINEST = 1e-7
 """The last tolerance to try where tighter ones change nothing: about 1 ε."""
 
@@ -47,15 +48,21 @@ class Sweep:
             self.failure = str(why)
 
     def polish(self) -> None:
-        """Loosens the two tolerances one by one as far as each target allows."""
+        """Loosens the two tolerances one by one as far as each target allows.
+
+        As often as it goes: a method that leaps passes a target by far or not at all.
+        """
         if self.method.unrolled:
             return
         for target in TARGETS:
             for looser in (Setting(4, 1), Setting(1, 4), Setting(2, 1), Setting(1, 2)):
-                now = self.chosen(target)
-                if now is not None:
+                while (now := self.chosen(target)) is not None:
                     pair = zip(now, looser, strict=True)
-                    self.trial(Setting(*(_round(a * b) for a, b in pair)))
+                    setting = Setting(*(_round(a * b) for a, b in pair))
+                    if max(setting) > LOOSEST:
+                        break
+                    if self.trial(setting)["error"] > target:
+                        break
 
     def chosen(self, target: float) -> Setting | None:
         """The loosest setting tried whose error is at most ``target``."""
@@ -98,7 +105,7 @@ class Sweep:
         if known and math.isfinite(known[-1][1]):
             tol = known[-1][0] * target / known[-1][1]
         for trial in range(TRIALS):
-            tol = _round(min(max(tol, 1e-9), 0.3))
+            tol = _round(min(max(tol, 1e-9), LOOSEST))
             now = self.trial(Setting(tol, tol))
             if now["seconds"] > HOPELESS * best:
                 return

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from rbpjax.fixed_point import tree
-from rbpjax.fixed_point.backward import measured
-from rbpjax.fixed_point.forward import next_look, repeat
+from rbpjax.fixed_point.backward import add_terms, measured
+from rbpjax.fixed_point.forward import next_look
 from rbpjax.fixed_point.krylov import BiCGSTAB, CGNormal, Progress, start_at_zero
 from rbpjax.types import (
     LinearMap,
@@ -127,7 +127,7 @@ class Adaptive:
 
         def body(carry: tuple) -> tuple:
             z, old, k, before, ahead, _ = carry
-            z, r = repeat(lambda c: (tree.add(*c), vjp(c[1])), ahead, (z, old))
+            z, r = add_terms(vjp, z, old, ahead)
             k, residual = k + ahead, tree.norm(r)
             far = jnp.log(residual / tol) / jnp.log(before / residual)
             left = jnp.where(residual < before, far * ahead.astype(far.dtype), jnp.inf)

@@ -53,6 +53,22 @@ def resolved(z: PyTree, tol: float | jax.Array) -> jax.Array:
     return tree.coarsest_eps(z) * tree.norm(z) <= tol**0.5
 
 
+def add_terms(
+    product: LinearMap, z: PyTree, r: PyTree, count: int | jax.Array
+) -> tuple[PyTree, PyTree]:
+    """``z`` plus Σ Bᵏ r over k < ``count``, and the term after these, B^count r.
+
+    ``product`` is v ↦ Bv. By Horner's scheme, y ← B (r + y): one state to carry, its
+    sum fused into the product, where terms added one by one take a pass over the sum
+    and a copy more. The term is the last difference of two y, so that its rounding
+    errors are those of this sum, not of z: where more is to come, they are corrected.
+    """
+    zero = tree.scale(0.0, r)
+    y = repeat(lambda y: product(tree.add(r, y)), count - 1, zero)
+    total = tree.add(r, y)
+    return tree.add(z, total), tree.sub(product(total), y)
+
+
 @strategy
 class Neumann:
     """The truncated Neumann series z_K = Σ_{k ≤ K} (Jᵀ)ᵏ g.
@@ -66,7 +82,7 @@ class Neumann:
     eigenvalues of J have real parts below 1, ρ(J) > 1 included. ``Neumann(k - 1,
     damping=1 - τ)`` is the phantom gradient (Neumann form) of k steps and factor τ.
 
-    Cost: one VJP a step; memory: two states. With ``tol`` there is one VJP more, since
+    Cost: one VJP a step; memory: three states. With ``tol`` there is one VJP more, as
     the residual of z_K is the next term of the series; the report measures it anew.
 
     Attributes:
@@ -122,21 +138,22 @@ class Neumann:
         tol = tree.default_tol(g) if self.tol is None else self.tol
         omega = 1.0 - self.damping
 
-        def grow(z: PyTree, r: PyTree) -> tuple[PyTree, PyTree]:
-            """Adds ω times the residual r, which without damping is the next term."""
+        def product(r: PyTree) -> PyTree:
+            """With damping, B = ωJᵀ + (1 - ω)I; residuals are then multiplied by B."""
             if self.damping == 0.0:
-                return tree.add(z, r), vjp(r)
-            z = tree.axpy(omega, r, z)
-            return z, tree.axpy(omega, tree.sub(vjp(r), r), r)
+                return vjp(r)
+            return tree.axpy(omega, tree.sub(vjp(r), r), r)
 
-        # Sums start from z = 0, whose residual is g, so that vjp appears once in the
-        # loop; K powers are K + 1 additions, the last of which needs no product.
+        def finish(z: PyTree, steps: jax.Array) -> Solution:
+            z = z if self.damping == 0.0 else tree.scale(omega, z)
+            return measured(vjp, g, size, z, steps, tol)
+
         zero = tree.scale(0.0, g)
         if self.steps is not None:
-            z, r = lax.fori_loop(0, self.steps, lambda _, c: grow(*c), (zero, g))
-            z = tree.axpy(omega, r, z)
-            steps = tree.vary_like(jnp.int32(self.steps), g)
-            return measured(vjp, g, size, z, steps, tol)
+            # K powers are K + 1 terms, the last of which is a product with the sum of
+            # those before it; the compiler drops the product for a next one.
+            z, _ = add_terms(product, zero, g, self.steps + 1)
+            return finish(z, tree.vary_like(jnp.int32(self.steps), g))
 
         # Half of the tolerance is left to rounding: the report measures the residual of
         # the sum, which is larger than its last term.
@@ -150,7 +167,7 @@ class Neumann:
         def body(carry: tuple) -> tuple:
             z, r, k, before, best, ahead = carry
             ahead = ahead if self.check_every is None else self.check_every
-            z, r = repeat(lambda c: grow(*c), ahead, (z, r))
+            z, r = add_terms(product, z, r, ahead)
             k, residual = k + ahead, tree.norm(r)
             after = next_look(self.check_every, k, ahead, residual, before, tol / 2)
             after = jnp.minimum(after, self.max_steps + 1 - k)
@@ -160,8 +177,7 @@ class Neumann:
         k = tree.vary_like(jnp.int32(0), g)
         carry = (zero, g, k, first, first, k + 1)
         z, _, k, _, _, _ = lax.while_loop(unfinished, body, carry)
-        steps = jnp.maximum(k - 1, 0)  # k terms are the powers 0 … k - 1
-        return measured(vjp, g, size, z, steps, tol)
+        return finish(z, jnp.maximum(k - 1, 0))  # k terms are the powers 0 … k - 1
 
 
 @strategy

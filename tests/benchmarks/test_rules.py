@@ -87,6 +87,16 @@ def test_polishing_loosens_what_does_not_matter():
     assert after.forward > before.forward and after.backward >= before.backward
 
 
+def test_polishing_goes_on_as_long_as_it_goes():
+    """A method that leaps: the loosest tolerances with the same error, within 2."""
+    law = lambda setting: 1e-6 if max(setting) < 0.1 else 0.5
+    sweep = rules_tune.Sweep(fake(law), bilevel(10.0), np.array([1.0]))
+    sweep.search(best=np.inf)
+    assert max(sweep.chosen(1e-5)) < 0.01
+    sweep.polish()
+    assert min(sweep.chosen(1e-5)) >= 0.05
+
+
 def test_a_library_that_raises_is_recorded():
     """What a method raises is a line in the result, not the end of the run."""
 
@@ -111,6 +121,15 @@ def test_products_are_counted():
     assert count(Neumann(3)) == (3, 3)
     products, steps = count(CGNormal(tol=1e-3))
     assert products >= 2 * steps >= 2
+
+
+def test_no_rule_takes_fewer_products_than_the_limit():
+    """Symmetric: CG is next to GMRES; and 20 unknowns need 20 products at most."""
+    counts = rules_costs._products(bilevel(10.0, size=20))
+    assert 5 < counts["fewest"] <= 20
+    assert all(n >= counts["fewest"] for n in counts.values() if n)
+    assert counts["CG"] <= counts["fewest"] + 2
+    assert counts["CGNormal"] > 2 * counts["fewest"]
 
 
 def test_the_smallest_run_and_its_report(monkeypatch):

@@ -188,14 +188,14 @@ STATE_PRODUCT = r"= f64\[4,16\]\S* (?:dot\(|custom-call\([^\n]*(?:gemm|matmul|do
 @pytest.mark.parametrize(
     ("backward", "products"),
     [
-        (Neumann(), [1]),
+        (Neumann(), [1, 1]),
         (RBP(Anderson()), [1]),
         (RBP(RRE()), [1]),
         (CG(), [1, 1]),
         (CGNormal(), [2, 2]),
         (BiCGSTAB(), [1, 2]),
         (GMRES(), [1, 1]),
-        (Adaptive(), [1, 1, 2, 2, 2]),
+        (Adaptive(), [1, 1, 1, 2, 2, 2]),
     ],
     ids=repr,
 )
@@ -210,12 +210,13 @@ def test_products_in_the_loops_of_a_gradient(backward, products):
     "forward", [FixedPointIteration(), Anderson(), RRE()], ids=repr
 )
 def test_products_of_a_whole_program(forward):
-    """One product in each of the two loops, and one linearization; f is not repeated.
+    """f in its loop, Jᵀ in the series' two, and one linearization; f is not repeated.
 
-    The gradient for w is a product of another shape; that for x needs none.
+    The series' outer loop makes a block's last product, which shows what is left. The
+    gradient for w is a product of another shape; that for x needs none.
     """
     text = gradient(forward, Neumann()).as_text()
-    assert count(STATE_PRODUCT, text) == 3
+    assert count(STATE_PRODUCT, text) == 4
     assert count(r"= f64\[16,16\]\S* dot\(", text) == 1
 
 
@@ -224,8 +225,8 @@ def test_newton_linearizes_once_a_step_and_keeps_the_tangent_loop_free_of_f():
     compiled = gradient(Newton(BiCGSTAB(tol=1e-2)), Neumann())
     found = [count(STATE_PRODUCT, body) for body in loop_bodies(compiled)]
     # Newton's loop holds f, and of BiCGSTAB's two the outer one; each loop is counted
-    # without those inside it.
-    assert sorted(n for n in found if n) == [1, 1, 1, 2]
+    # without those inside it. Two are the series'.
+    assert sorted(n for n in found if n) == [1, 1, 1, 1, 2]
 
 
 BIG = jnp.ones((64, 1024))
