@@ -18,6 +18,7 @@ from benchmarks import (
     readme,
     rules,
     unitary,
+    warm,
 )
 from benchmarks.harness import UsageError
 
@@ -33,6 +34,7 @@ COMMANDS = {
     "perturb": perturb.Perturb,
     "rules": rules.Rules,
     "unitary": unitary.Unitary,
+    "warm": warm.Warm,
     "readme": readme.Readme,
 }
 

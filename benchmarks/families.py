@@ -29,7 +29,7 @@ from benchmarks.harness import (
     write_json,
 )
 from rbpjax.fixed_point import tree
-from rbpjax.fixed_point.krylov import start_at_zero
+from rbpjax.fixed_point.backward import begin
 from rbpjax.types import LinearMap, PyTree
 
 Random = np.random.Generator
@@ -195,7 +195,7 @@ def default_products(rule: rbpjax.Adaptive, vjp: LinearMap, g: PyTree) -> jax.Ar
     """Products of the default: Neumann's steps have one, all others two."""
     unit, _ = tree.to_unit(g)
     tol = tree.default_tol(g) if rule.tol is None else rule.tol
-    (_, _, steps, _), terms = rule.solve(vjp, unit, start_at_zero(unit), tol)
+    (_, _, steps, _), terms = rule.solve(vjp, unit, begin(vjp, unit, None), tol)
     return 2 * steps - terms
 
 

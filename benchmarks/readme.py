@@ -17,6 +17,7 @@ from benchmarks import (
     modes,
     perturb,
     rules_report,
+    warm,
 )
 from benchmarks.harness import mean_std, read_json, require, table
 
@@ -193,6 +194,19 @@ def rules_table() -> str:
     return rules_report.summary(result) + " " + _where(result)
 
 
+def warm_table() -> str:
+    """Adjoints that start from the last training step's."""
+    result = read_json("warm")
+    return (
+        f"{table(warm.rows(result))}\n\n{result['options']['steps']} training steps "
+        f"each; `{warm.RULES['Adaptive']}`, whose steps are one product (Neumann) or "
+        "two (BiCGSTAB), and the series cut off after five more terms; ! some did not "
+        "converge, and said so, cold or warm. Time is that of "
+        "value and gradient, median and quartiles; errors are relative to a gradient "
+        f"with a tolerance of {warm.EXACT.tol:g}. {_where(result)}"
+    )
+
+
 def _where(result: dict[str, Any]) -> str:
     """Where a result was measured."""
     where = result["environment"]
@@ -213,6 +227,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "modes": modes_table,
     "perturb": perturb_table,
     "rules": rules_table,
+    "warm": warm_table,
 }
 
 

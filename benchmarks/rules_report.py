@@ -110,6 +110,15 @@ def summary(result: Entry) -> str:
     overhead = "; ".join(
         f"{n} {_shown(c['ratio'])}" for n, c in costs["overhead"].items()
     )
+    least = ""
+    if "limit" in costs:
+        above = _above_limit(costs["limit"])
+        least = (
+            "Products of a backward solve ÷ the fewest that any method of products "
+            f"with Jᵀ can do with: {above['the best of these']} for our best rule, "
+            f"{above['BiCGSTAB']} for BiCGSTAB, mostly the fastest that others have "
+            "(geometric means over as many problems). "
+        )
     return "\n\n".join(
         [
             table([_summary_row(e, targets) for e in result["problems"].values()]),
@@ -119,7 +128,7 @@ def summary(result: Entry) -> str:
             f"Geometric means: {'; '.join(means)}. Neumann(K) ÷ TBPTT(K + 1): "
             f"{', '.join(ratios)}. BPTT's temporary memory at 5,000 steps ÷ ours "
             f"(Neumann, default): {'; '.join(memory)}. Time of a backward "
-            f"solve ÷ its products in a bare loop: {overhead}. `import rbpjax`: "
+            f"solve ÷ its products in a bare loop: {overhead}. {least}`import rbpjax`: "
             f"{costs['imports']['above']['median']:.2f} s above `import jax`.",
         ]
     )
@@ -273,28 +282,36 @@ def _limit(limit: Entry, problems: Entry) -> list[str]:
         | {rule: "–" if n is None else str(n) for rule, n in counts.items()}
         for name, counts in limit.items()
     ]
-
-    def mean(pairs: list[tuple[int | None, int | None]]) -> str:
-        logs = [np.log(n / least) for n, least in pairs if n and least]
-        return f"{np.exp(np.mean(logs)):.2f} ({len(logs)})"
-
-    rules = [rule for rule in next(iter(limit.values())) if rule != "fewest"]
-    shown = [
-        f"{rule} {mean([(c[rule], c['fewest']) for c in limit.values()])}"
-        for rule in rules
-    ]
-    best = [
-        (min((c[r] for r in rules if c[r]), default=None), c["fewest"])
-        for c in limit.values()
-    ]
+    means = (f"{rule} {mean}" for rule, mean in _above_limit(limit).items())
     return [
         "Products with Jᵀ (CGNormal: and J) of a backward solve to a residual of 1e-4, "
         "and the fewest that any method can do with whose iterate is made of products "
         "with Jᵀ: GMRES without a restart. – not reached.",
         table(rows),
         "Products ÷ the fewest, geometric means over the problems (as many) where both "
-        f"reach it: {', '.join([*shown, f'the best of these {mean(best)}'])}.",
+        f"reach it: {', '.join(means)}.",
     ]
+
+
+def _above_limit(limit: Entry) -> dict[str, str]:
+    """Products ÷ the fewest of each rule, and of the best of them: geometric means."""
+    counts = [
+        {rule: n for rule, n in found.items() if n} | {"fewest": found["fewest"]}
+        for found in limit.values()
+        if found["fewest"]
+    ]
+    for found in counts:
+        others = [n for rule, n in found.items() if rule != "fewest"]
+        if others:
+            found["the best of these"] = min(others)
+    shown = {}
+    for rule in [*next(iter(limit.values())), "the best of these"]:
+        logs = [
+            np.log(found[rule] / found["fewest"]) for found in counts if rule in found
+        ]
+        if rule != "fewest" and logs:
+            shown[rule] = f"{np.exp(np.mean(logs)):.2f} ({len(logs)})"
+    return shown
 
 
 def draw_error(result: Entry) -> Any:

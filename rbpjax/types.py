@@ -55,7 +55,9 @@ class ForwardSolver(Protocol):
 class BackwardRule(Protocol):
     """Solves (I - Jᵀ) z = g, given v ↦ Jᵀv and g. Any such callable is a rule.
 
-    J itself, where a rule needs it, is ``jax.linear_transpose(vjp, cotangent)``.
+    J itself, where a rule needs it, is ``jax.linear_transpose(vjp, cotangent)``. A rule
+    that can be started from an earlier adjoint takes it as a third argument, which is
+    given only where there is one.
     """
 
     def __call__(self, vjp: LinearMap, cotangent: PyTree, /) -> Solution:

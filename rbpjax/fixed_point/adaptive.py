@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from rbpjax.fixed_point import tree
-from rbpjax.fixed_point.backward import add_terms, measured
+from rbpjax.fixed_point.backward import Progress, add_terms, begin, measured
 from rbpjax.fixed_point.forward import next_look
-from rbpjax.fixed_point.krylov import BiCGSTAB, CGNormal, Progress, start_at_zero
+from rbpjax.fixed_point.krylov import BiCGSTAB, CGNormal
 from rbpjax.types import (
     LinearMap,
     PyTree,
@@ -80,11 +80,13 @@ class Adaptive:
         check_count(self, "max_steps", self.max_steps, 1)
         check_count(self, "patience", self.patience, 1)
 
-    def __call__(self, vjp: LinearMap, cotangent: PyTree) -> Solution:
+    def __call__(
+        self, vjp: LinearMap, cotangent: PyTree, start: PyTree | None = None
+    ) -> Solution:
         """Solves (I - Jᵀ) z = g."""
         g, size = tree.to_unit(cotangent)
         tol = tree.default_tol(g) if self.tol is None else self.tol
-        (z, _, k, _), _ = self.solve(vjp, g, start_at_zero(g), tol)
+        (z, _, k, _), _ = self.solve(vjp, g, begin(vjp, g, start), tol)
         return measured(vjp, g, size, z, k, tol)
 
     def solve(

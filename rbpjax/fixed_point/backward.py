@@ -1,9 +1,10 @@
 """Backward rules: solve (I - Jᵀ) z = g.
 
-Every rule is called as ``rule(vjp, cotangent)`` with ``vjp(v)`` = Jᵀv, and returns a
-``Solution`` whose residual is ‖g + Jᵀz - z‖ / ‖g‖, measured with the returned z. The
-rules work on g / ‖g‖ and scale the result back, so that tolerances are relative to the
-cotangent and float32 keeps gradients of any magnitude that it can represent.
+Every rule is called as ``rule(vjp, cotangent)`` with ``vjp(v)`` = Jᵀv, or with an
+earlier adjoint to start from as third argument, and returns a ``Solution`` whose
+residual is ‖g + Jᵀz - z‖ / ‖g‖, measured with the returned z. The rules work on g / ‖g‖
+and scale the result back, so that tolerances are relative to the cotangent and float32
+keeps gradients of any magnitude that it can represent.
 """
 
 from __future__ import annotations
@@ -51,6 +52,34 @@ def resolved(z: PyTree, tol: float | jax.Array) -> jax.Array:
     is lost in that rounding, and the residual, then, looks like zero.
     """
     return tree.coarsest_eps(z) * tree.norm(z) <= tol**0.5
+
+
+Progress = tuple[PyTree, PyTree, jax.Array, jax.Array]
+"""``(z, r, k, error)``: an iterate, its residual, the steps so far, and r's size."""
+
+
+def begin(vjp: LinearMap, g: PyTree, start: PyTree | None) -> Progress:
+    """Where a rule begins: z = 0, or the best multiple of ``start``, by one VJP.
+
+    Best is the least residual ‖g - a (I - Jᵀ) start‖, so that the start's magnitude, in
+    the units of an earlier loss, does not matter, and no start is worse than none: one
+    that is zero, not finite or at a right angle leaves z = 0. g is of unit norm.
+    """
+    zero, k = tree.scale(0.0, g), tree.vary_like(jnp.int32(0), g)
+    if start is None:
+        return zero, g, k, tree.norm(g)
+    unit = tree.to_unit(tree.typed_like(start, g))[0]
+    image = tree.sub(unit, vjp(unit))
+    a = ratio(tree.vdot(image, g), tree.vdot(image, image))
+    usable = jnp.isfinite(a)
+    z = tree.where(usable, tree.scale(a, unit), zero)
+    r = tree.where(usable, tree.axpy(-a, image, g), g)
+    return z, r, k, tree.norm(r)
+
+
+def ratio(a: jax.Array, b: jax.Array) -> jax.Array:
+    """``a / b``, and 0 where b = 0."""
+    return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
 
 
 def add_terms(
@@ -132,11 +161,14 @@ class Neumann:
                     f"not both; got steps={self.steps}, tol={self.tol}."
                 )
 
-    def __call__(self, vjp: LinearMap, cotangent: PyTree) -> Solution:
+    def __call__(
+        self, vjp: LinearMap, cotangent: PyTree, start: PyTree | None = None
+    ) -> Solution:
         """Solves (I - Jᵀ) z = g."""
         g, size = tree.to_unit(cotangent)
         tol = tree.default_tol(g) if self.tol is None else self.tol
         omega = 1.0 - self.damping
+        z0, r0, k0, error = begin(vjp, g, start)
 
         def product(r: PyTree) -> PyTree:
             """With damping, B = ωJᵀ + (1 - ω)I; residuals are then multiplied by B."""
@@ -144,16 +176,17 @@ class Neumann:
                 return vjp(r)
             return tree.axpy(omega, tree.sub(vjp(r), r), r)
 
-        def finish(z: PyTree, steps: jax.Array) -> Solution:
-            z = z if self.damping == 0.0 else tree.scale(omega, z)
+        def finish(total: PyTree, steps: jax.Array) -> Solution:
+            z = total if self.damping == 0.0 else tree.scale(omega, total)
+            z = z if start is None else tree.add(z0, z)
             return measured(vjp, g, size, z, steps, tol)
 
         zero = tree.scale(0.0, g)
         if self.steps is not None:
             # K powers are K + 1 terms, the last of which is a product with the sum of
             # those before it; the compiler drops the product for a next one.
-            z, _ = add_terms(product, zero, g, self.steps + 1)
-            return finish(z, tree.vary_like(jnp.int32(self.steps), g))
+            total, _ = add_terms(product, zero, r0, self.steps + 1)
+            return finish(total, tree.vary_like(jnp.int32(self.steps), g))
 
         # Half of the tolerance is left to rounding: the report measures the residual of
         # the sum, which is larger than its last term.
@@ -173,11 +206,9 @@ class Neumann:
             after = jnp.minimum(after, self.max_steps + 1 - k)
             return z, r, k, residual, jnp.minimum(best, residual), after
 
-        first = tree.norm(g)
-        k = tree.vary_like(jnp.int32(0), g)
-        carry = (zero, g, k, first, first, k + 1)
-        z, _, k, _, _, _ = lax.while_loop(unfinished, body, carry)
-        return finish(z, jnp.maximum(k - 1, 0))  # k terms are the powers 0 … k - 1
+        carry = (zero, r0, k0, error, error, k0 + 1)
+        total, _, k, _, _, _ = lax.while_loop(unfinished, body, carry)
+        return finish(total, jnp.maximum(k - 1, 0))  # k terms: powers 0 … k - 1
 
 
 @strategy
@@ -232,12 +263,17 @@ class RBP:
         if self.seed is not None:
             check_count(self, "seed", self.seed, 0)
 
-    def __call__(self, vjp: LinearMap, cotangent: PyTree) -> Solution:
+    def __call__(
+        self, vjp: LinearMap, cotangent: PyTree, start: PyTree | None = None
+    ) -> Solution:
         """Solves (I - Jᵀ) z = g."""
         g, size = tree.to_unit(cotangent)
         step: Callable = lambda z: tree.add(g, vjp(z))
-        start = g if self.seed is None else _uniform(self.seed, g, size)
-        z, steps, relative, converged = self.solver(step, start)
+        if start is not None:
+            z0 = begin(vjp, g, start)[0]
+        else:
+            z0 = g if self.seed is None else _uniform(self.seed, g, size)
+        z, steps, relative, converged = self.solver(step, z0)
         residual = tree.norm(adjoint_defect(vjp, g, z))
         # The solver's tolerance is its own affair, and unknown here. But a start that
         # dwarfs g can be left with little of ‖z‖ and much of ‖g‖.

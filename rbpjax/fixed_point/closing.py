@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import jax
@@ -46,10 +47,28 @@ def close(
     return step, (tuple(jaxpr.consts), params, inputs), h
 
 
-def apply_rule(rule: BackwardRule, vjp: LinearMap, cotangent: PyTree) -> Solution:
+def apply_rule(
+    rule: BackwardRule, vjp: LinearMap, cotangent: PyTree, start: PyTree | None = None
+) -> Solution:
     """``rule(vjp, cotangent)``, checked to be a solution like the cotangent."""
-    solution = rule(vjp, cotangent)
+    if start is not None and not takes_start(rule):
+        raise ValueError(
+            f"the backward rule {rule!r} takes no start: to go on from an earlier "
+            "adjoint, as of a probe, it must be callable as rule(vjp, cotangent, "
+            "start). Add the argument, or give no adjoint to start from."
+        )
+    arguments = (vjp, cotangent) if start is None else (vjp, cotangent, start)
+    solution = rule(*arguments)
     return check_solution(solution, cotangent, f"the backward rule {rule!r}")
+
+
+def takes_start(rule: BackwardRule) -> bool:
+    """Whether the rule can be called with a start as third argument."""
+    try:
+        inspect.signature(rule).bind(None, None, None)
+    except TypeError:
+        return False
+    return True
 
 
 def check_solution(solution: object, like: PyTree, source: str) -> Solution:

@@ -59,8 +59,10 @@ class Direct:
         if self.tol is not None:
             check_real(self, "tol", self.tol)
 
-    def __call__(self, vjp: LinearMap, cotangent: PyTree) -> Solution:
-        """Solves (I - Jᵀ) z = g."""
+    def __call__(
+        self, vjp: LinearMap, cotangent: PyTree, start: PyTree | None = None
+    ) -> Solution:
+        """Solves (I - Jᵀ) z = g; a start is of no use."""
         g, size = tree.to_unit(cotangent)
         flat, restore = _as_vector(g)
         n = len(flat)

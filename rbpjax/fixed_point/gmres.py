@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from rbpjax.fixed_point import tree
-from rbpjax.fixed_point.backward import resolved
-from rbpjax.fixed_point.krylov import ratio, refine, start_at_zero
+from rbpjax.fixed_point.backward import begin, ratio, resolved
+from rbpjax.fixed_point.krylov import refine
 from rbpjax.types import (
     LinearMap,
     PyTree,
@@ -62,7 +62,9 @@ class GMRES:
         if self.tol is not None:
             check_real(self, "tol", self.tol)
 
-    def __call__(self, vjp: LinearMap, cotangent: PyTree) -> Solution:
+    def __call__(
+        self, vjp: LinearMap, cotangent: PyTree, start: PyTree | None = None
+    ) -> Solution:
         """Solves (I - Jᵀ) z = g."""
         g, size = tree.to_unit(cotangent)
         tol = tree.default_tol(g) if self.tol is None else self.tol
@@ -128,9 +130,9 @@ class GMRES:
             r = tree.sub(g, apply(z))
             return r, jnp.where(resolved(z, tol), tree.norm(r), jnp.inf)
 
-        start = start_at_zero(g)
+        first = begin(vjp, g, start)
         # Passes are short, and may be many that gain little each: not a breakdown.
-        z, r, k, now = refine(inner, measure, start, tol, self.max_steps, 0.99)
+        z, r, k, now = refine(inner, measure, first, tol, self.max_steps, 0.99)
         return Solution(tree.scale(size, z), k, tree.norm(r), now <= tol)
 
 

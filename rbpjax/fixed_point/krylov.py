@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rbpjax.fixed_point import tree
-from rbpjax.fixed_point.backward import resolved
+from rbpjax.fixed_point.backward import Progress, begin, ratio, resolved
 from rbpjax.fixed_point.hoisting import hoist_linear
 from rbpjax.types import (
     LinearMap,
@@ -25,15 +25,6 @@ from rbpjax.types import (
     check_real,
     strategy,
 )
-
-Progress = tuple[PyTree, PyTree, jax.Array, jax.Array]
-"""``(z, r, k, error)``: an iterate, its residual, the steps so far, and r's size."""
-
-
-def start_at_zero(g: PyTree) -> Progress:
-    """Z = 0, whose residual is g."""
-    k = tree.vary_like(jnp.int32(0), g)
-    return tree.scale(0.0, g), g, k, tree.norm(g)
 
 
 def refine(
@@ -65,11 +56,6 @@ def refine(
 
     infinity = tree.vary_like(jnp.full_like(start[3], jnp.inf), start[1])
     return lax.while_loop(unsolved, body, (*start, infinity))[:4]
-
-
-def ratio(a: jax.Array, b: jax.Array) -> jax.Array:
-    """``a / b``, and 0 at a breakdown, b = 0: no step; the next restart mends it."""
-    return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
 
 
 @strategy
@@ -125,11 +111,13 @@ class CGNormal:
             check_real(self, "tol", self.tol)
         check_real(self, "ridge", self.ridge)
 
-    def __call__(self, vjp: LinearMap, cotangent: PyTree) -> Solution:
+    def __call__(
+        self, vjp: LinearMap, cotangent: PyTree, start: PyTree | None = None
+    ) -> Solution:
         """Solves (I - Jᵀ) z = g."""
         g, size = tree.to_unit(cotangent)
         tol = tree.default_tol(g) if self.tol is None else self.tol
-        z, r, k, now = self.solve(vjp, g, start_at_zero(g), tol)
+        z, r, k, now = self.solve(vjp, g, begin(vjp, g, start), tol)
         return Solution(tree.scale(size, z), k, tree.norm(r), now <= tol)
 
     def solve(self, vjp: LinearMap, g: PyTree, start: Progress, tol: float) -> Progress:
@@ -150,6 +138,10 @@ class CGNormal:
         # ‖Aᵀg‖; the compiler removes it where there is no ridge.
         scale = tree.norm(apply_adjoint(g, tree.scale(0.0, g)))
         scale = jnp.where(scale == 0, 1, scale).astype(scale.dtype)
+
+        if ridge:
+            z, r, k, _ = start
+            start = z, r, k, error(r, apply_adjoint(r, z), scale)
 
         def inner(z: PyTree, r: PyTree, k: jax.Array) -> tuple:
             """CGLS from z, whose residual is r."""
@@ -227,11 +219,13 @@ class BiCGSTAB:
         if self.tol is not None:
             check_real(self, "tol", self.tol)
 
-    def __call__(self, vjp: LinearMap, cotangent: PyTree) -> Solution:
+    def __call__(
+        self, vjp: LinearMap, cotangent: PyTree, start: PyTree | None = None
+    ) -> Solution:
         """Solves (I - Jᵀ) z = g."""
         g, size = tree.to_unit(cotangent)
         tol = tree.default_tol(g) if self.tol is None else self.tol
-        z, r, k, now = self.solve(vjp, g, start_at_zero(g), tol)
+        z, r, k, now = self.solve(vjp, g, begin(vjp, g, start), tol)
         return Solution(tree.scale(size, z), k, tree.norm(r), now <= tol)
 
     def solve(

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from rbpjax.fixed_point import tree
-from rbpjax.types import PyTree
+from rbpjax.fixed_point.closing import check_like
+from rbpjax.types import PyTree, Solution
 
 
 class AdjointReport(NamedTuple):
@@ -20,23 +22,52 @@ class AdjointReport(NamedTuple):
     several solves, their reports add up, as gradients do; inside ``jax.vmap`` give one
     probe an example, inside ``lax.scan`` one a step.
 
+    A probe with an ``adjoint`` starts the backward rule from it, and the report returns
+    the one found in its place: in training, where one batch's fixed points move little
+    from step to step, hand each step the last one's report. The rule takes the best
+    multiple of the start, by one VJP, so that its scale does not matter and a bad one
+    does no harm. The tolerance is met as without, in fewer steps, though what is left
+    then lies where the solve is slow, so that the error may be some times larger. A
+    truncated rule, such as ``Neumann(5)``, adds its terms to the start, and gains in
+    accuracy. Such a probe serves one solve: adjoints, too, would add up.
+
     Attributes:
       num_steps: steps of the backward rule.
       residual: ‖g + Jᵀz - z‖ / ‖g‖.
       converged: 1 if the rule reached its tolerance, else 0.
       cotangent_norm: ‖g‖; zero where no gradient arrived, or no adjoint was solved
         (``bptt``).
+      adjoint: ``None``, or z, a pytree like the state. The only field of a probe whose
+        values matter.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rbpjax import rbp_solve, value_and_grad
+      >>> solve = rbp_solve(lambda a, x, h: a * h + x)
+      >>> def loss(a, probe):
+      ...     return jnp.sum(solve(a, jnp.ones(2), jnp.zeros(2), probe).value)
+      >>> step, report = value_and_grad(loss), AdjointReport.zeros(adjoint=jnp.zeros(2))
+      >>> for _ in range(2):
+      ...     _, _, report = step(jnp.array([0.5, 0.8]), probe=report)
+      >>> report.adjoint.round(6).tolist(), int(report.num_steps)  # 1 / (1 - a)
+      ([2.0, 5.0], 0)
     """
 
     num_steps: Any
     residual: Any
     converged: Any
     cotangent_norm: Any
+    adjoint: PyTree | None = None
 
     @classmethod
-    def zeros(cls, shape: tuple[int, ...] = ()) -> AdjointReport:
-        """A probe: zeros of ``shape``, for example ``(batch,)`` to map over."""
-        return cls(*(jnp.zeros(shape) for _ in cls._fields))
+    def zeros(
+        cls, shape: tuple[int, ...] = (), adjoint: PyTree | None = None
+    ) -> AdjointReport:
+        """A probe: zeros of ``shape``, for example ``(batch,)`` to map over.
+
+        ``adjoint``: where to start, zeros like the state for a first one.
+        """
+        return cls(*(jnp.zeros(shape) for _ in cls._fields[:-1]), adjoint=adjoint)
 
 
 def value_and_grad(
@@ -52,8 +83,9 @@ def value_and_grad(
       has_aux: as in ``jax.value_and_grad``.
 
     Returns:
-      ``(*args, **kwargs) -> (value, grads, report)``. Several solves with one probe add
-      their reports up. A report of zeros says that no adjoint was solved.
+      ``(*args, probe=None, **kwargs) -> (value, grads, report)``. Several solves with
+      one probe add their reports up. A report of zeros says that no adjoint was solved.
+      A probe with an ``adjoint``, such as the report of the last step, is a warm start.
 
     Example:
       >>> import jax.numpy as jnp
@@ -66,7 +98,9 @@ def value_and_grad(
       ([4.0], 1.0)
     """
 
-    def with_report(*args: Any, **kwargs: Any) -> tuple[Any, PyTree, AdjointReport]:
+    def with_report(
+        *args: Any, probe: AdjointReport | None = None, **kwargs: Any
+    ) -> tuple[Any, PyTree, AdjointReport]:
         def probed(probe: AdjointReport, *args: Any) -> Any:
             return loss(*args, probe=probe, **kwargs)
 
@@ -76,7 +110,7 @@ def value_and_grad(
         )
         value, (report, *grads) = jax.value_and_grad(
             probed, argnums=(0, *wanted), has_aux=has_aux
-        )(AdjointReport.zeros(), *args)
+        )(AdjointReport.zeros() if probe is None else probe, *args)
         return value, grads[0] if single else tuple(grads), report
 
     return with_report
@@ -91,11 +125,30 @@ def as_probe(probe: AdjointReport | None, h: PyTree) -> AdjointReport | None:
             "`probe` must be an AdjointReport, such as AdjointReport.zeros(); got "
             f"{type(probe).__name__}."
         )
-    for name, leaf in zip(probe._fields, map(jnp.asarray, probe), strict=True):
+    *scalars, adjoint = probe
+    scalars = list(map(jnp.asarray, scalars))
+    for name, leaf in zip(probe._fields, scalars, strict=False):
         if leaf.shape or not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(
                 f"`probe.{name}` must be a floating-point scalar here; got "
                 f"{leaf.dtype}{list(leaf.shape)}. Map over probes with jax.vmap, or "
                 "scan over them, one for each solve."
             )
-    return tree.vary_like(AdjointReport(*map(jnp.asarray, probe)), h)
+    if adjoint is not None:
+        check_like(adjoint, h, "`probe.adjoint`", "`h0`")
+        adjoint = jax.tree.map(jnp.asarray, adjoint)
+    return tree.vary_like(AdjointReport(*scalars, adjoint=adjoint), h)
+
+
+def reported(solution: Solution, g: PyTree, probe: AdjointReport) -> AdjointReport:
+    """The report on an adjoint for the cotangent g, of the types of the probe."""
+    raw = (
+        solution.num_steps,
+        solution.residual,
+        solution.converged,
+        tree.to_unit(g)[1],
+        None if probe.adjoint is None else solution.value,
+    )
+    found = AdjointReport(*jax.tree.map(lax.stop_gradient, raw))
+    found = jax.tree.map(lambda r, p: r.astype(p.dtype), found, probe)
+    return tree.typed_like(found, probe)

@@ -39,7 +39,7 @@ from rbpjax.fixed_point.closing import (
 )
 from rbpjax.fixed_point.forward import FixedPointIteration
 from rbpjax.fixed_point.hoisting import hoist, hoist_linear
-from rbpjax.fixed_point.report import AdjointReport, as_probe
+from rbpjax.fixed_point.report import AdjointReport, as_probe, reported
 from rbpjax.types import (
     BackwardRule,
     ForwardSolver,
@@ -82,23 +82,17 @@ def _solve_bwd(step, solver, rule, saved, cotangents):
         _, vjp_h = jax.vjp(partial(step, args), h)
         return tree.add(g, vjp_h(z)[0])
 
-    def adjoint_solver(_: ClosedStep, adjoint_args: PyTree, vjp: Any) -> Solution:
-        # The linearization comes in as the start. It is a function of (args, h), on
+    def adjoint_solver(_: ClosedStep, adjoint_args: PyTree, start: Any) -> Solution:
+        # The linearization comes in with the start. It is a function of (args, h), on
         # which the solution already depends through adjoint_step, so the start's zero
         # cotangent is right for it too.
+        vjp, z = start
         g = adjoint_args[2]
-        return apply_rule(rule, hoist_linear(lambda v: vjp(v)[1], g), g)
+        return apply_rule(rule, hoist_linear(lambda v: vjp(v)[1], g), g, z)
 
-    z = _solve(adjoint_step, adjoint_solver, rule, (args, h, g), vjp, None)
-    report = None
-    if probe is not None:
-        raw = (z.num_steps, z.residual, z.converged, tree.to_unit(g)[1])
-        report = AdjointReport(
-            *(
-                tree.vary_like(lax.stop_gradient(r).astype(p.dtype), p)
-                for r, p in zip(raw, probe, strict=True)
-            )
-        )
+    start = vjp, None if probe is None else probe.adjoint
+    z = _solve(adjoint_step, adjoint_solver, rule, (args, h, g), start, None)
+    report = None if probe is None else reported(z, g, probe)
     # None is a zero cotangent: a fixed point does not depend on where one starts.
     return vjp(z.value)[0], None, report
 
@@ -150,7 +144,8 @@ def rbp_solve(
     Returns:
       ``solve(params, inputs, h0, probe=None) -> Solution``, where ``h0`` is a pytree of
       floating-point (or complex) arrays, ``Solution.value`` a pytree like it, and
-      ``probe`` an ``AdjointReport`` whose gradient is the report (see there).
+      ``probe`` an ``AdjointReport`` whose gradient is the report, and which may bring
+      an adjoint to start from (see there).
 
     Raises:
       ValueError: by ``solve``, while tracing, if h0 is not made of floating-point
@@ -206,6 +201,7 @@ def rbp_vjp(
     h_star: PyTree,
     cotangent: PyTree,
     rule: BackwardRule = Adaptive(),
+    start: PyTree | None = None,
 ) -> tuple[tuple[PyTree, PyTree], Solution]:
     """The gradient of a fixed point, as a plain function of the fixed point.
 
@@ -221,12 +217,15 @@ def rbp_vjp(
       h_star: the fixed point, a pytree of floating-point arrays.
       cotangent: g, a pytree like ``h_star``.
       rule: any ``BackwardRule``.
+      start: an adjoint to start from, such as that of the last training step, a pytree
+        like ``h_star``; see ``AdjointReport``.
 
     Returns:
       ``((params_bar, inputs_bar), solution)``, the latter with the adjoint z as value.
 
     Raises:
-      ValueError: if f changes the state, or ``cotangent`` is not like ``h_star``.
+      ValueError: if f changes the state, ``cotangent`` or ``start`` is not like
+        ``h_star``, or the rule takes no start.
 
     Example:
       >>> import jax.numpy as jnp
@@ -242,9 +241,12 @@ def rbp_vjp(
     step, args, h_star = close(f, params, inputs, h_star)
     check_like(cotangent, h_star, "`cotangent`", "`h_star`")
     cotangent = jax.tree.map(jnp.asarray, cotangent)
+    if start is not None:
+        check_like(start, h_star, "`start`", "`h_star`")
+        start = jax.tree.map(jnp.asarray, start)
     _, vjp = jax.vjp(step, args, h_star)
     linear = hoist_linear(lambda v: vjp(v)[1], cotangent)
-    solution = apply_rule(rule, linear, cotangent)
+    solution = apply_rule(rule, linear, cotangent, start)
     _, params_bar, inputs_bar = vjp(solution.value)[0]
     return (params_bar, inputs_bar), solution
 

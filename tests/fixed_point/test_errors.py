@@ -160,6 +160,18 @@ BAD_PROBES = {
         lambda: solve(probe=AdjointReport(0, 0.0, 0.0, 0.0)),
         "`probe.num_steps`.*int64[]",
     ),
+    "adjoint": (
+        lambda: solve(probe=AdjointReport.zeros(adjoint=jnp.zeros(3))),
+        "`probe.adjoint` must have.*of `h0`.*float64[3].*float64[2]",
+    ),
+    "start": (
+        lambda: rbpjax.rbp_vjp(step, A, X, H, H, start={"h": H}),
+        "`start` must have the structure.*of `h_star`.*float64[2]",
+    ),
+    "rule": (
+        lambda: rbpjax.rbp_vjp(step, A, X, H, H, lambda vjp, g: None, start=H),
+        "takes no start.*rule(vjp, cotangent, start)",
+    ),
 }
 CASES = {
     f"{table}-{name}": case

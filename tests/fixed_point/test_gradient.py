@@ -337,4 +337,4 @@ def test_bptt_reports_nothing():
         return readout(solve(params, problem.inputs, problem.h0, probe=probe).value)
 
     _, _, report = rbpjax.value_and_grad(loss)(problem.params)
-    assert all(leaf == 0 for leaf in report)
+    assert all(leaf == 0 for leaf in jax.tree.leaves(report))
