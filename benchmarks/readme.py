@@ -201,9 +201,9 @@ def warm_table() -> str:
         f"{table(warm.rows(result))}\n\n{result['options']['steps']} training steps "
         f"each; `{warm.RULES['Adaptive']}`, whose steps are one product (Neumann) or "
         "two (BiCGSTAB), and the series cut off after five more terms; ! some did not "
-        "converge, and said so, cold or warm. Time is that of "
-        "value and gradient, median and quartiles; errors are relative to a gradient "
-        f"with a tolerance of {warm.EXACT.tol:g}. {_where(result)}"
+        "converge, and said so, cold or warm. Time is that of the gradient, the "
+        "forward solve included, median and quartiles; errors are relative to a "
+        f"gradient with a tolerance of {warm.EXACT.tol:g}. {_where(result)}"
     )
 
 

@@ -286,7 +286,8 @@ def _limit(limit: Entry, problems: Entry) -> list[str]:
     return [
         "Products with Jᵀ (CGNormal: and J) of a backward solve to a residual of 1e-4, "
         "and the fewest that any method can do with whose iterate is made of products "
-        "with Jᵀ: GMRES without a restart. – not reached.",
+        "with Jᵀ: GMRES without a restart. All aim at half of it, and verify it by one "
+        "product, which is counted but for the fewest. – not reached.",
         table(rows),
         "Products ÷ the fewest, geometric means over the problems (as many) where both "
         f"reach it: {', '.join(means)}.",

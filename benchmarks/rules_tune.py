@@ -56,13 +56,20 @@ class Sweep:
             return
         for target in TARGETS:
             for looser in (Setting(4, 1), Setting(1, 4), Setting(2, 1), Setting(1, 2)):
-                while (now := self.chosen(target)) is not None:
-                    pair = zip(now, looser, strict=True)
-                    setting = Setting(*(_round(a * b) for a, b in pair))
-                    if max(setting) > LOOSEST:
-                        break
-                    if self.trial(setting)["error"] > target:
-                        break
+                while self._loosened(target, looser):
+                    pass
+
+    def _loosened(self, target: float, factors: Setting) -> bool:
+        """Tries the chosen tolerances times these; whether the error allows it."""
+        now = self.chosen(target)
+        if now is None:
+            return False
+        pair = zip(now, factors, strict=True)
+        setting = Setting(*(_round(a * b) for a, b in pair))
+        try:
+            return max(setting) <= LOOSEST and self.trial(setting)["error"] <= target
+        except Refused:  # too loose for the library, which has met the error before
+            return False
 
     def chosen(self, target: float) -> Setting | None:
         """The loosest setting tried whose error is at most ``target``."""

@@ -232,7 +232,8 @@ class RBP:
     Attributes:
       solver: any forward solver; its tolerance and budget are those of the rule.
       seed: ``None`` to start from g, or the seed of the paper's uniform start. The same
-        seed gives the same start in every call, so that gradients are reproducible.
+        seed gives the same start in every call, so that gradients are reproducible. An
+        adjoint to start from, as of a probe, replaces either.
 
     Raises:
       ValueError: if ``seed`` is not a Python int.

@@ -50,9 +50,9 @@ def _squares(scale: jax.Array | float, new: PyTree, old: PyTree) -> tuple:
 
 
 def repeat(update: Callable, times: int | jax.Array, carry: tuple) -> tuple:
-    """``update`` applied ``times`` times, without a loop for once."""
-    if isinstance(times, int) and times == 1:
-        return update(carry)
+    """``update`` applied ``times`` times, without a loop for once or not at all."""
+    if isinstance(times, int) and times <= 1:
+        return update(carry) if times == 1 else carry
     zero = tree.vary_like(jnp.int32(0), (times, carry))
     times = tree.vary_like(jnp.int32(times), (times, carry))
     return lax.fori_loop(zero, times, lambda _, c: update(c), carry)

@@ -127,7 +127,7 @@ def as_probe(probe: AdjointReport | None, h: PyTree) -> AdjointReport | None:
         )
     *scalars, adjoint = probe
     scalars = list(map(jnp.asarray, scalars))
-    for name, leaf in zip(probe._fields, scalars, strict=False):
+    for name, leaf in zip(probe._fields[:-1], scalars, strict=True):
         if leaf.shape or not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(
                 f"`probe.{name}` must be a floating-point scalar here; got "

@@ -208,7 +208,8 @@ def rbp_vjp(
     Solves (I - Jᵀ) z = g by ``rule`` and returns (∂f/∂θ)ᵀz and (∂f/∂x)ᵀz. Exact,
     truncated or unbiased as the rule is, provided that h_star is a fixed point.
 
-    Cost: one linearization of f and one rule. AD modes: those of the rule's loops.
+    Cost: one linearization of f and one rule, one VJP more with a start. AD modes:
+    those of the rule's loops.
 
     Args:
       f: step function ``f(params, inputs, h) -> h``.

@@ -97,6 +97,23 @@ def test_polishing_goes_on_as_long_as_it_goes():
     assert min(sweep.chosen(1e-5)) >= 0.05
 
 
+def test_a_library_that_raises_when_loosened_keeps_what_it_has():
+    """A breakdown at a loose tolerance is the end of that direction alone."""
+
+    def program(problem, setting):
+        if setting.forward > 1e-3:
+            raise rules_tune.Refused("too loose")
+        return Program(lambda: (0.0, [np.array([1 + 0.1 * setting.backward])]), 0.1, 0)
+
+    sweep = rules_tune.Sweep(
+        Method("fake", "fake", program), bilevel(10.0), np.array([1.0])
+    )
+    sweep.trial(Setting(1e-4, 1e-4))
+    sweep.polish()
+    chosen = sweep.chosen(1e-3)
+    assert 5e-4 <= chosen.forward <= 1e-3 and 5e-3 <= chosen.backward <= 1e-2
+
+
 def test_a_library_that_raises_is_recorded():
     """What a method raises is a line in the result, not the end of the run."""
 

@@ -260,7 +260,10 @@ def test_in_a_scan_over_training_steps():
     )(problem.params)
     (cold, _), cold_steps = train(False)
     (warm, _), warm_steps = train(True)
-    assert_close(warm, cold, 1e-9)
+    # What moved, not where it moved to: the adjoints' 1e-8 times κ(I - J) below 100.
+    moved = lambda params: jax.tree.map(jnp.subtract, params, problem.params)
+    scaled = lambda params: jax.tree.map(lambda u: 1e6 * u, moved(params))
+    assert_close(scaled(warm), scaled(cold), 1e-6)
     assert warm_steps[0] == cold_steps[0]
     assert warm_steps[1:].sum() < 0.7 * cold_steps[1:].sum()
 
