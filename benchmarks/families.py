@@ -28,8 +28,8 @@ from benchmarks.harness import (
     table,
     write_json,
 )
-from rbpjax.fixed_point import tree
-from rbpjax.fixed_point.backward import begin
+from rbpjax._core import tree
+from rbpjax.fixed_point.backward.neumann import begin
 from rbpjax.types import LinearMap, PyTree
 
 Random = np.random.Generator

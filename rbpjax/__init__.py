@@ -1,32 +1,32 @@
 """Gradients of recurrent computations without their history, as JAX transforms."""
 
-from rbpjax.fixed_point.adaptive import Adaptive
-from rbpjax.fixed_point.advice import Diagnosis, diagnose
-from rbpjax.fixed_point.anderson import Anderson
-from rbpjax.fixed_point.backward import RBP, Neumann
-from rbpjax.fixed_point.bilevel import optimizer_step
-from rbpjax.fixed_point.bounds import gradient_error_bound, neumann_error_bound
-from rbpjax.fixed_point.cg import CG
-from rbpjax.fixed_point.diagnose import (
+from rbpjax.bilevel import optimizer_step
+from rbpjax.diagnostics.diagnose import Diagnosis, diagnose
+from rbpjax.diagnostics.errors import gradient_error_bound, neumann_error_bound
+from rbpjax.diagnostics.spectrum import (
     adjoint_residual,
     jacobian_norm,
     loop_cut_error,
     spectral_radius,
 )
-from rbpjax.fixed_point.direct import Direct
-from rbpjax.fixed_point.forward import FixedPointIteration
-from rbpjax.fixed_point.gmres import GMRES
-from rbpjax.fixed_point.krylov import BiCGSTAB, CGNormal
+from rbpjax.fixed_point.backward.adaptive import Adaptive
+from rbpjax.fixed_point.backward.cg import CG
+from rbpjax.fixed_point.backward.cg_normal import BiCGSTAB, CGNormal
+from rbpjax.fixed_point.backward.direct import Direct
+from rbpjax.fixed_point.backward.gmres import GMRES
+from rbpjax.fixed_point.backward.neumann import RBP, Neumann
+from rbpjax.fixed_point.forward.anderson import Anderson
+from rbpjax.fixed_point.forward.iteration import FixedPointIteration
+from rbpjax.fixed_point.forward.rre import RRE
 from rbpjax.fixed_point.newton import Newton
-from rbpjax.fixed_point.regularize import (
+from rbpjax.fixed_point.report import AdjointReport, value_and_grad
+from rbpjax.fixed_point.solve import rbp_jvp, rbp_solve, rbp_vjp
+from rbpjax.fixed_point.unroll import bptt, tbptt
+from rbpjax.regularizers import (
     contraction_penalty,
     jacobian_penalty,
     spectral_normalize,
 )
-from rbpjax.fixed_point.report import AdjointReport, value_and_grad
-from rbpjax.fixed_point.rre import RRE
-from rbpjax.fixed_point.solve import rbp_jvp, rbp_solve, rbp_vjp
-from rbpjax.fixed_point.unroll import bptt, tbptt
 from rbpjax.types import BackwardRule, ForwardSolver, Solution, StepFn
 
 __version__ = "0.1.0"

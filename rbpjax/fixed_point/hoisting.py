@@ -18,9 +18,9 @@ from typing import NamedTuple
 import jax
 from jax.extend import core
 
-from rbpjax.fixed_point import tree
-from rbpjax.fixed_point.closing import ClosedStep
-from rbpjax.fixed_point.layout import channels_last
+from rbpjax._core import tree
+from rbpjax._core.convolution import channels_last
+from rbpjax._core.step import ClosedStep
 from rbpjax.types import LinearMap, PyTree
 
 # Moved out, these would only be larger to keep and to read than they are to repeat.

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rbpjax.fixed_point import tree
-from rbpjax.fixed_point.closing import check_like
+from rbpjax._core import tree
+from rbpjax._core.step import check_like
 from rbpjax.types import PyTree, Solution
 
 

@@ -28,16 +28,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rbpjax.fixed_point import tree
-from rbpjax.fixed_point.adaptive import Adaptive
-from rbpjax.fixed_point.closing import (
+from rbpjax._core import tree
+from rbpjax._core.step import (
     ClosedStep,
     apply_rule,
     check_like,
     check_solution,
     close,
 )
-from rbpjax.fixed_point.forward import FixedPointIteration
+from rbpjax.fixed_point.backward.adaptive import Adaptive
+from rbpjax.fixed_point.forward.iteration import FixedPointIteration
 from rbpjax.fixed_point.hoisting import hoist, hoist_linear
 from rbpjax.fixed_point.report import AdjointReport, as_probe, reported
 from rbpjax.types import (

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rbpjax.fixed_point import tree
-from rbpjax.fixed_point.closing import close
-from rbpjax.fixed_point.forward import relative_change
+from rbpjax._core import tree
+from rbpjax._core.step import close
+from rbpjax.fixed_point.forward.iteration import relative_change
 from rbpjax.fixed_point.hoisting import hoist
 from rbpjax.fixed_point.report import AdjointReport
 from rbpjax.types import PyTree, Solution, StepFn

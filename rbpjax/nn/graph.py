@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from rbpjax.fixed_point.regularize import spectral_normalize
+from rbpjax.regularizers import spectral_normalize
 
 
 class Graph(NamedTuple):

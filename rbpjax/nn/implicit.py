@@ -7,8 +7,8 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 
-from rbpjax.fixed_point.adaptive import Adaptive
-from rbpjax.fixed_point.forward import FixedPointIteration
+from rbpjax.fixed_point.backward.adaptive import Adaptive
+from rbpjax.fixed_point.forward.iteration import FixedPointIteration
 from rbpjax.fixed_point.report import AdjointReport
 from rbpjax.fixed_point.solve import rbp_solve
 from rbpjax.types import BackwardRule, ForwardSolver, PyTree, Solution

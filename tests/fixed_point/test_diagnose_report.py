@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import rbpjax
-from rbpjax.fixed_point.advice import CANDIDATES
+from rbpjax.diagnostics.diagnose import CANDIDATES
 from tests.problems import (
     EXPANSIVE,
     PROBLEMS,

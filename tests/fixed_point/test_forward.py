@@ -11,7 +11,7 @@ import pytest
 
 import rbpjax
 from rbpjax import FixedPointIteration, Solution
-from rbpjax.fixed_point.forward import next_look, relative_change
+from rbpjax.fixed_point.forward.iteration import next_look, relative_change
 from tests.problems import (
     CONVERGED_RTOL,
     PROBLEMS,

@@ -9,7 +9,7 @@ import pytest
 from jax.extend import core
 
 import rbpjax
-from rbpjax.fixed_point.closing import close
+from rbpjax._core.step import close
 from rbpjax.fixed_point.hoisting import hoist
 
 N = 6

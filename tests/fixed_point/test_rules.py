@@ -23,7 +23,7 @@ from rbpjax import (
     Neumann,
     Solution,
 )
-from rbpjax.fixed_point.backward import begin
+from rbpjax.fixed_point.backward.neumann import begin
 from tests.problems import EXPANSIVE, PROBLEMS, assert_close, fixed_point
 
 

@@ -21,7 +21,7 @@ from rbpjax import (
     FixedPointIteration,
     Neumann,
 )
-from rbpjax.fixed_point.closing import takes_start
+from rbpjax._core.step import takes_start
 from tests.problems import (
     CONVERGED_RTOL,
     EXPANSIVE,

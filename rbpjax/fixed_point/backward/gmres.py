@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rbpjax.fixed_point import tree
-from rbpjax.fixed_point.backward import begin, ratio, resolved
-from rbpjax.fixed_point.krylov import refine
+from rbpjax._core import tree
+from rbpjax.fixed_point.backward.cg_normal import refine
+from rbpjax.fixed_point.backward.neumann import begin, ratio, resolved
 from rbpjax.types import (
     LinearMap,
     PyTree,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from rbpjax.fixed_point import tree
+from rbpjax._core import tree
 from rbpjax.types import BackwardRule, LinearMap, PyTree, Solution, StepFn
 
 ClosedStep = Callable[[PyTree, PyTree], PyTree]

@@ -10,8 +10,8 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec as P
 
-from rbpjax.fixed_point import tree
-from rbpjax.fixed_point.backward import measured
+from rbpjax._core import tree
+from rbpjax.fixed_point.backward.neumann import measured
 from rbpjax.types import LinearMap, PyTree, Solution, check_count, check_real, strategy
 
 

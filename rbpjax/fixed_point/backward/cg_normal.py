@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rbpjax.fixed_point import tree
-from rbpjax.fixed_point.backward import Progress, begin, ratio, resolved
+from rbpjax._core import tree
+from rbpjax.fixed_point.backward.neumann import Progress, begin, ratio, resolved
 from rbpjax.fixed_point.hoisting import hoist_linear
 from rbpjax.types import (
     LinearMap,

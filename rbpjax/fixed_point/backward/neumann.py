@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rbpjax.fixed_point import tree
-from rbpjax.fixed_point.forward import FixedPointIteration, next_look, repeat
+from rbpjax._core import tree
+from rbpjax.fixed_point.forward.iteration import FixedPointIteration, next_look, repeat
 from rbpjax.types import (
     ForwardSolver,
     LinearMap,

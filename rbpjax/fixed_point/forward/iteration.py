@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rbpjax.fixed_point import tree
+from rbpjax._core import tree
 from rbpjax.types import PyTree, Solution, check_count, check_real, strategy
 
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from rbpjax.fixed_point import tree
-from rbpjax.fixed_point.closing import close
+from rbpjax._core import tree
+from rbpjax._core.step import close
 from rbpjax.types import LinearMap, PyTree, StepFn
 
 

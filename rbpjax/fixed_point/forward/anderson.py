@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rbpjax.fixed_point import tree
-from rbpjax.fixed_point.forward import relative_change
+from rbpjax._core import tree
+from rbpjax.fixed_point.forward.iteration import relative_change
 from rbpjax.types import PyTree, Solution, check_count, check_real, strategy
 
 

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rbpjax.fixed_point import tree
-from rbpjax.fixed_point.backward import adjoint_defect
-from rbpjax.fixed_point.closing import close
+from rbpjax._core import tree
+from rbpjax._core.step import close
+from rbpjax.fixed_point.backward.neumann import adjoint_defect
 from rbpjax.fixed_point.hoisting import hoist_linear
 from rbpjax.types import LinearMap, PyTree, StepFn
 

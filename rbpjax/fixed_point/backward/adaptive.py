@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rbpjax.fixed_point import tree
-from rbpjax.fixed_point.backward import Progress, add_terms, begin, measured
-from rbpjax.fixed_point.forward import next_look
-from rbpjax.fixed_point.krylov import BiCGSTAB, CGNormal
+from rbpjax._core import tree
+from rbpjax.fixed_point.backward.cg_normal import BiCGSTAB, CGNormal
+from rbpjax.fixed_point.backward.neumann import Progress, add_terms, begin, measured
+from rbpjax.fixed_point.forward.iteration import next_look
 from rbpjax.types import (
     LinearMap,
     PyTree,

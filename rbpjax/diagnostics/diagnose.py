@@ -10,21 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rbpjax.fixed_point import tree
-from rbpjax.fixed_point.adaptive import Adaptive
-from rbpjax.fixed_point.anderson import Anderson
-from rbpjax.fixed_point.backward import RBP, Neumann
-from rbpjax.fixed_point.closing import apply_rule, close
-from rbpjax.fixed_point.diagnose import (
+from rbpjax._core import tree
+from rbpjax._core.step import apply_rule, close
+from rbpjax.diagnostics.spectrum import (
     growth,
     growth_rate,
     loop_cut,
     singular_range,
 )
-from rbpjax.fixed_point.forward import relative_change
-from rbpjax.fixed_point.gmres import GMRES
+from rbpjax.fixed_point.backward.adaptive import Adaptive
+from rbpjax.fixed_point.backward.cg_normal import BiCGSTAB, CGNormal
+from rbpjax.fixed_point.backward.gmres import GMRES
+from rbpjax.fixed_point.backward.neumann import RBP, Neumann
+from rbpjax.fixed_point.forward.anderson import Anderson
+from rbpjax.fixed_point.forward.iteration import relative_change
 from rbpjax.fixed_point.hoisting import hoist_linear
-from rbpjax.fixed_point.krylov import BiCGSTAB, CGNormal
 from rbpjax.types import BackwardRule, PyTree, StepFn
 
 _INVERTIBLE = "I - J invertible"

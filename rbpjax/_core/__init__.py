@@ -1,0 +1,1 @@
+"""Beneath all rooms: strategies, pytrees, sharding, step functions, convolutions."""
