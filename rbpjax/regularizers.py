@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from rbpjax._core import tree
+from rbpjax._core import sharding, tree
 from rbpjax._core.step import close
 from rbpjax.types import LinearMap, PyTree, StepFn
 
@@ -247,7 +247,7 @@ def _normal(key: jax.Array, like: PyTree, num: int) -> PyTree:
         jax.random.normal(k, (num, *u.shape), u.dtype)
         for k, u in zip(keys, leaves, strict=True)
     ]
-    return tree.vary_like(jax.tree.unflatten(treedef, draws), like)
+    return sharding.vary_like(jax.tree.unflatten(treedef, draws), like)
 
 
 def _size(h: PyTree) -> int:

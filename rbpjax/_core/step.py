@@ -2,85 +2,82 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from rbpjax._core import tree
-from rbpjax.types import BackwardRule, LinearMap, PyTree, Solution, StepFn
+from rbpjax._core import sharding
+from rbpjax.types import PyTree, StepFn
 
 ClosedStep = Callable[[PyTree, PyTree], PyTree]
 """A step function with its parameters in one pytree: (args, h) -> h."""
 
 
+class Closed(NamedTuple):
+    """A function with all arrays that it closes over as its first argument.
+
+    Attributes:
+      call: ``call(consts, *args)``, equivalent to the function of ``args``.
+      consts: those arrays, integers and keys included.
+      out: what the function returns, as a pytree of shapes and dtypes.
+      varies: the ``shard_map`` axes over which what it returns varies.
+    """
+
+    call: Callable[..., PyTree]
+    consts: tuple
+    out: PyTree
+    varies: frozenset
+
+
+def convert(f: Callable[..., PyTree], *examples: PyTree) -> Closed:
+    """Full closure conversion of ``f`` for arguments like ``examples``; traces it once.
+
+    Without it ``custom_vjp`` could not give the arrays that f closes over gradients.
+    """
+    jaxpr, out = jax.make_jaxpr(f, return_shape=True)(*examples)
+    treedef = jax.tree.structure(out)
+
+    def call(consts: tuple, *args: PyTree) -> PyTree:
+        run = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr.jaxpr, consts))
+        return jax.tree.unflatten(treedef, run(*jax.tree.leaves(args)))
+
+    return Closed(
+        call, tuple(jaxpr.consts), out, sharding.varying_axes(jaxpr.out_avals)
+    )
+
+
 def close(
     f: StepFn, params: PyTree, inputs: PyTree, h: PyTree
 ) -> tuple[ClosedStep, PyTree, PyTree]:
-    """Full closure conversion: ``(step, args, h)`` with f = step(args, ·).
+    """``(step, args, h)`` with f = step(args, ·), all that f uses in ``args``.
 
-    f is traced once. All arrays that it closes over, integers and keys included, become
-    arguments, without which ``custom_vjp`` could not give them gradients. h is checked
-    against f's output, and its leaves made strongly typed arrays.
+    h is checked against f's output, and its leaves made strongly typed arrays.
     """
-    h = jax.tree.map(_state_leaf, h)
-    if not jax.tree.leaves(h):
-        raise ValueError(f"`h0` must have at least one array; got {h!r}.")
-    trace = jax.make_jaxpr(f, return_shape=True)
-    jaxpr, out = trace(params, inputs, h)
-    check_like(out, h, "`f`'s output", "`h0`")
-    axes = tree.varying_axes(jaxpr.out_avals)
-    if axes - tree.varying_axes(map(jax.typeof, jax.tree.leaves(h))):
-        h = tree.vary(h, axes)  # inside shard_map, f's output varies where h did not
-        jaxpr, _ = trace(params, inputs, h)
-    treedef = jax.tree.structure(h)
+    h = as_state(h)
+    closed = convert(f, params, inputs, h)
+    check_like(closed.out, h, "`f`'s output", "`h0`")
+    if closed.varies - sharding.varying_axes(map(jax.typeof, jax.tree.leaves(h))):
+        # Inside shard_map, f's output varies where h did not.
+        h = sharding.vary(h, closed.varies)
+        closed = convert(f, params, inputs, h)
 
     def step(args: PyTree, h: PyTree) -> PyTree:
         consts, params, inputs = args
-        call = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr.jaxpr, consts))
-        image = call(*jax.tree.leaves((params, inputs, h)))
-        return tree.vary_like(jax.tree.unflatten(treedef, image), h)
+        return sharding.vary_like(closed.call(consts, params, inputs, h), h)
 
-    return step, (tuple(jaxpr.consts), params, inputs), h
+    return step, (closed.consts, params, inputs), h
 
 
-def apply_rule(
-    rule: BackwardRule, vjp: LinearMap, cotangent: PyTree, start: PyTree | None = None
-) -> Solution:
-    """``rule(vjp, cotangent)``, checked to be a solution like the cotangent."""
-    if start is not None and not takes_start(rule):
-        raise ValueError(
-            f"the backward rule {rule!r} takes no start: to go on from an earlier "
-            "adjoint, as of a probe, it must be callable as rule(vjp, cotangent, "
-            "start). Add the argument, or give no adjoint to start from."
-        )
-    arguments = (vjp, cotangent) if start is None else (vjp, cotangent, start)
-    solution = rule(*arguments)
-    return check_solution(solution, cotangent, f"the backward rule {rule!r}")
-
-
-def takes_start(rule: BackwardRule) -> bool:
-    """Whether the rule can be called with a start as third argument."""
-    try:
-        inspect.signature(rule).bind(None, None, None)
-    except TypeError:
-        return False
-    return True
-
-
-def check_solution(solution: object, like: PyTree, source: str) -> Solution:
-    """``solution`` with array fields, or ValueError if it is not one for ``like``."""
-    if not isinstance(solution, Solution):
-        raise ValueError(
-            f"{source} must return rbpjax.Solution(value, num_steps, residual, "
-            f"converged); got {type(solution).__name__}."
-        )
-    check_like(solution.value, like, f"the value returned by {source}", "the start")
-    value, *diagnostics = solution
-    return Solution(value, *map(jnp.asarray, diagnostics))
+def as_state(h: PyTree, name: str = "h0") -> PyTree:
+    """The state with strongly typed arrays for leaves; ValueError if it is none."""
+    h = jax.tree.map(lambda leaf: _state_leaf(leaf, name), h)
+    if not jax.tree.leaves(h):
+        raise ValueError(f"`{name}` must have at least one array; got {h!r}.")
+    return h
 
 
 def check_like(x: PyTree, like: PyTree, name: str, like_name: str) -> None:
@@ -100,18 +97,38 @@ def check_like(x: PyTree, like: PyTree, name: str, like_name: str) -> None:
         )
 
 
-def _state_leaf(x: object) -> jax.Array:
+def floats(tree: PyTree) -> PyTree:
+    """``tree`` with None in place of the leaves that cannot be differentiated."""
+    return jax.tree.map(lambda x: x if _is_float(x) else None, tree)
+
+
+def others(tree: PyTree) -> PyTree:
+    """``tree`` with None in place of the leaves that can be differentiated."""
+    return jax.tree.map(lambda x: None if _is_float(x) else x, tree)
+
+
+def merge(floating: PyTree, tree: PyTree) -> PyTree:
+    """Puts the leaves of ``floating`` in their places in ``tree``."""
+    pick = lambda a, b: b if a is None else a
+    return jax.tree.map(pick, floating, tree, is_leaf=lambda x: x is None)
+
+
+def _is_float(x: object) -> bool:
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+
+def _state_leaf(x: object, name: str) -> jax.Array:
     """A leaf of the state as a strongly typed array; ValueError if it is not real."""
     try:
         x = jnp.asarray(x)
     except TypeError:
         raise ValueError(
-            f"`h0` must be a pytree of arrays; got a leaf of type {type(x).__name__}. "
-            "Put what is not an array into f itself."
+            f"`{name}` must be a pytree of arrays; got a leaf of type "
+            f"{type(x).__name__}. Put what is not an array into f itself."
         ) from None
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise ValueError(
-            f"`h0` must be made of floating-point or complex arrays; got {x.dtype}"
+            f"`{name}` must be made of floating-point or complex arrays; got {x.dtype}"
             f"{list(x.shape)}. Cast it, or move integers and keys into `inputs`."
         )
     return lax.convert_element_type(x, x.dtype) if x.weak_type else x

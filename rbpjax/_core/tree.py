@@ -7,14 +7,14 @@ Reductions accumulate in float32 at least: a bfloat16 sum would lose the residua
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-PyTree = Any
+from rbpjax._core.sharding import is_sharded, typed_like
+from rbpjax.types import PyTree
 
 
 def real_dtype(tree: PyTree) -> jnp.dtype:
@@ -111,7 +111,7 @@ def products(rows: PyTree, x: PyTree) -> jax.Array:
     def leaf(b: jax.Array, u: jax.Array) -> jax.Array:
         if jnp.iscomplexobj(u):
             return leaf(b.real, u.real) + leaf(b.imag, u.imag)
-        if any(part is not None for part in jax.typeof(u).sharding.spec):
+        if is_sharded(u):
             return jax.vmap(lambda row: vdot(row, u))(b)
         over = tuple(range(u.ndim))
         return lax.dot_general(
@@ -192,46 +192,3 @@ def random_unit(key: jax.Array, like: PyTree) -> PyTree:
         for k, x in zip(keys, leaves, strict=True)
     ]
     return typed_like(to_unit(jax.tree.unflatten(treedef, draws))[0], like)
-
-
-def varying_axes(avals: Iterable[Any]) -> frozenset:
-    """The ``shard_map`` axes over which arrays of these types vary."""
-    return frozenset().union(
-        # JAX 0.12 moved the set of varying axes.
-        *(a.vma if hasattr(a, "vma") else a.manual_axis_type.varying for a in avals)
-    )
-
-
-def vary(x: PyTree, axes: frozenset) -> PyTree:
-    """Marks ``x`` as varying over ``axes`` of the enclosing ``shard_map``.
-
-    A loop's carry must have one type on entry and on exit, and with ``check_vma`` the
-    varying axes are part of the type.
-    """
-    if not axes:
-        return x
-
-    def leaf(u: jax.Array) -> jax.Array:
-        missing = axes - varying_axes([jax.typeof(u)])
-        return lax.pcast(u, tuple(missing), to="varying") if missing else u
-
-    return jax.tree.map(leaf, x)
-
-
-def vary_like(x: PyTree, reference: PyTree) -> PyTree:
-    """Marks ``x`` as varying over all axes that a leaf of ``reference`` varies over."""
-    return vary(x, varying_axes(map(jax.typeof, jax.tree.leaves(reference))))
-
-
-def typed_like(x: PyTree, like: PyTree) -> PyTree:
-    """``x`` with the types of ``like``: varying axes, and sharding on explicit meshes.
-
-    For arrays made from nothing, such as random ones, that enter a loop's carry.
-    """
-
-    def leaf(u: jax.Array, v: jax.Array) -> jax.Array:
-        sharding = jax.typeof(v).sharding
-        same = jax.typeof(u).sharding.spec == sharding.spec
-        return u if same else jax.reshard(u, sharding)
-
-    return vary_like(jax.tree.map(leaf, x, like), like)

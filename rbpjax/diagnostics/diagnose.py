@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rbpjax._core import tree
-from rbpjax._core.step import apply_rule, close
+from rbpjax._core.step import close
 from rbpjax.diagnostics.spectrum import (
     growth,
     growth_rate,
@@ -22,6 +22,7 @@ from rbpjax.fixed_point.backward.adaptive import Adaptive
 from rbpjax.fixed_point.backward.cg_normal import BiCGSTAB, CGNormal
 from rbpjax.fixed_point.backward.gmres import GMRES
 from rbpjax.fixed_point.backward.neumann import RBP, Neumann
+from rbpjax.fixed_point.backward.rule import apply_rule
 from rbpjax.fixed_point.forward.anderson import Anderson
 from rbpjax.fixed_point.forward.iteration import relative_change
 from rbpjax.fixed_point.hoisting import hoist_linear

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 from jax.extend import core
 
-from rbpjax._core import tree
+from rbpjax._core import sharding
 from rbpjax._core.convolution import channels_last
 from rbpjax._core.step import ClosedStep
 from rbpjax.types import LinearMap, PyTree
@@ -75,7 +75,7 @@ def hoist(step: ClosedStep, args: PyTree, h: PyTree) -> tuple[ClosedStep, PyTree
         values |= zip(program.inputs[first:], jax.tree.leaves(h), strict=True)
         _evaluate(kept, values)
         image = [_read(values, name) for name in program.outputs]
-        return tree.vary_like(jax.tree.unflatten(treedef, image), h)
+        return sharding.vary_like(jax.tree.unflatten(treedef, image), h)
 
     return rest, tuple(known[name] for name in crossing)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rbpjax._core import tree
+from rbpjax._core import sharding, tree
 from rbpjax.fixed_point.backward.adaptive import Adaptive
 from rbpjax.fixed_point.forward.iteration import relative_change
 from rbpjax.types import (
@@ -118,10 +118,10 @@ class Newton:
 
         if self.warmup:
             h0 = lax.fori_loop(0, self.warmup, lambda _, h: step(h), h0)
-        k = tree.vary_like(jnp.int32(0), h0)
+        k = sharding.vary_like(jnp.int32(0), h0)
         dtype = tree.real_dtype(h0)
         infinity, one = (
-            tree.vary_like(jnp.array(x, dtype), h0) for x in (jnp.inf, 1.0)
+            sharding.vary_like(jnp.array(x, dtype), h0) for x in (jnp.inf, 1.0)
         )
         carry = (h0, h0, tree.scale(0.0, h0), one, k, k, infinity)
         carry = lax.while_loop(unfinished, body, carry)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rbpjax._core import tree
+from rbpjax._core import sharding, tree
 from rbpjax._core.step import check_like
 from rbpjax.types import PyTree, Solution
 
@@ -137,7 +137,7 @@ def as_probe(probe: AdjointReport | None, h: PyTree) -> AdjointReport | None:
     if adjoint is not None:
         check_like(adjoint, h, "`probe.adjoint`", "`h0`")
         adjoint = jax.tree.map(jnp.asarray, adjoint)
-    return tree.vary_like(AdjointReport(*scalars, adjoint=adjoint), h)
+    return sharding.vary_like(AdjointReport(*scalars, adjoint=adjoint), h)
 
 
 def reported(solution: Solution, g: PyTree, probe: AdjointReport) -> AdjointReport:
@@ -151,4 +151,4 @@ def reported(solution: Solution, g: PyTree, probe: AdjointReport) -> AdjointRepo
     )
     found = AdjointReport(*jax.tree.map(lax.stop_gradient, raw))
     found = jax.tree.map(lambda r, p: r.astype(p.dtype), found, probe)
-    return tree.typed_like(found, probe)
+    return sharding.typed_like(found, probe)

@@ -29,14 +29,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from rbpjax._core import tree
-from rbpjax._core.step import (
-    ClosedStep,
-    apply_rule,
-    check_like,
-    check_solution,
-    close,
-)
+from rbpjax._core.step import ClosedStep, check_like, close
 from rbpjax.fixed_point.backward.adaptive import Adaptive
+from rbpjax.fixed_point.backward.rule import apply_rule, check_solution
 from rbpjax.fixed_point.forward.iteration import FixedPointIteration
 from rbpjax.fixed_point.hoisting import hoist, hoist_linear
 from rbpjax.fixed_point.report import AdjointReport, as_probe, reported

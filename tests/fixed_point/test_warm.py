@@ -21,7 +21,7 @@ from rbpjax import (
     FixedPointIteration,
     Neumann,
 )
-from rbpjax._core.step import takes_start
+from rbpjax.fixed_point.backward.rule import takes_start
 from tests.problems import (
     CONVERGED_RTOL,
     EXPANSIVE,

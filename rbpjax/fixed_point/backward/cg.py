@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rbpjax._core import tree
+from rbpjax._core import sharding, tree
 from rbpjax.fixed_point.backward.cg_normal import refine
 from rbpjax.fixed_point.backward.neumann import begin, ratio, resolved
 from rbpjax.types import (
@@ -89,7 +89,7 @@ class CG:
                 p = tree.axpy(new / square, p, r)
                 return z, r, p, new, curvature, k + 1
 
-            one = tree.vary_like(jnp.ones((), tree.real_dtype(r)), r)
+            one = sharding.vary_like(jnp.ones((), tree.real_dtype(r)), r)
             carry = (z, r, r, tree.vdot(r, r), one, k)
             z, *_, k = lax.while_loop(unfinished, body, carry)
             return z, k

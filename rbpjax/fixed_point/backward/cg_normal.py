@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rbpjax._core import tree
+from rbpjax._core import sharding, tree
 from rbpjax.fixed_point.backward.neumann import Progress, begin, ratio, resolved
 from rbpjax.fixed_point.hoisting import hoist_linear
 from rbpjax.types import (
@@ -54,7 +54,7 @@ def refine(
         z, r = tree.where(better, z, z_old), tree.where(better, r, r_old)
         return z, r, k, jnp.where(better, new, now), now
 
-    infinity = tree.vary_like(jnp.full_like(start[3], jnp.inf), start[1])
+    infinity = sharding.vary_like(jnp.full_like(start[3], jnp.inf), start[1])
     return lax.while_loop(unsolved, body, (*start, infinity))[:4]
 
 
@@ -263,7 +263,7 @@ class BiCGSTAB:
 
             zero, size = tree.scale(0.0, shadow), tree.norm(shadow)
             one = jnp.ones_like(size)
-            one = tree.vary_like(one, shadow)
+            one = sharding.vary_like(one, shadow)
             carry = (z, shadow, zero, zero, z, one, one, one, size, size, k, k)
             carry = lax.while_loop(unfinished, body, carry)
             return carry[4], carry[-2]

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
-from jax.sharding import PartitionSpec as P
 
-from rbpjax._core import tree
+from rbpjax._core import sharding, tree
 from rbpjax.fixed_point.backward.neumann import measured
 from rbpjax.types import LinearMap, PyTree, Solution, check_count, check_real, strategy
 
@@ -78,7 +77,7 @@ class Direct:
         # Row i is Jᵀeᵢ, a column of Jᵀ.
         matrix = eye - jax.vmap(column)(eye).T
         z = restore(jnp.linalg.solve(matrix, flat))
-        steps = tree.vary_like(jnp.int32(n), g)
+        steps = sharding.vary_like(jnp.int32(n), g)
         tol = tree.default_tol(g) if self.tol is None else self.tol
         return measured(vjp, g, size, z, steps, tol)
 
@@ -89,8 +88,7 @@ def _as_vector(x: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
     dtype = tree.real_dtype(x)
 
     def as_real(u: jax.Array) -> jax.Array:
-        if any(axis is not None for axis in jax.typeof(u).sharding.spec):
-            u = jax.reshard(u, P(*(None for _ in u.shape)))  # the matrix is whole
+        u = sharding.gathered(u)  # the matrix is whole
         return (jnp.stack([u.real, u.imag]) if jnp.iscomplexobj(u) else u).astype(dtype)
 
     def like(u: jax.Array, leaf: jax.Array) -> jax.Array:
@@ -101,6 +99,6 @@ def _as_vector(x: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
 
     def restore(v: jax.Array) -> PyTree:
         parts = map(like, unravel(v), leaves)
-        return tree.typed_like(jax.tree.unflatten(treedef, parts), x)
+        return sharding.typed_like(jax.tree.unflatten(treedef, parts), x)
 
     return vector, restore

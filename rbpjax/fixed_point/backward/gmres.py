@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rbpjax._core import tree
+from rbpjax._core import sharding, tree
 from rbpjax.fixed_point.backward.cg_normal import refine
 from rbpjax.fixed_point.backward.neumann import begin, ratio, resolved
 from rbpjax.types import (
@@ -75,12 +75,12 @@ class GMRES:
             """Up to m Arnoldi steps on A, a triangular solve, and the new z."""
             v, beta = tree.to_unit(r)
             basis = tree.put(tree.empty_rows(m + 1, v), 0, v)
-            zeros = lambda *shape: tree.vary_like(jnp.zeros(shape, beta.dtype), r)
+            zeros = lambda *shape: sharding.vary_like(jnp.zeros(shape, beta.dtype), r)
             rhs = zeros(m + 1).at[0].set(beta)
             # R of the QR factorization of the Hessenberg matrix; ones on the diagonal
             # of unused columns keep the triangular solve regular, and their rhs is 0.
             upper = zeros(m, m) + jnp.eye(m, dtype=beta.dtype)
-            j = tree.vary_like(jnp.int32(0), r)
+            j = sharding.vary_like(jnp.int32(0), r)
 
             def unfinished(carry: tuple) -> jax.Array:
                 rhs, j = carry[-2:]

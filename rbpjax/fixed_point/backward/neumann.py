@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rbpjax._core import tree
+from rbpjax._core import sharding, tree
 from rbpjax.fixed_point.forward.iteration import FixedPointIteration, next_look, repeat
 from rbpjax.types import (
     ForwardSolver,
@@ -65,10 +65,10 @@ def begin(vjp: LinearMap, g: PyTree, start: PyTree | None) -> Progress:
     the units of an earlier loss, does not matter, and no start is worse than none: one
     that is zero, not finite or at a right angle leaves z = 0. g is of unit norm.
     """
-    zero, k = tree.scale(0.0, g), tree.vary_like(jnp.int32(0), g)
+    zero, k = tree.scale(0.0, g), sharding.vary_like(jnp.int32(0), g)
     if start is None:
         return zero, g, k, tree.norm(g)
-    unit = tree.to_unit(tree.typed_like(start, g))[0]
+    unit = tree.to_unit(sharding.typed_like(start, g))[0]
     image = tree.sub(unit, vjp(unit))
     a = ratio(tree.vdot(image, g), tree.vdot(image, image))
     usable = jnp.isfinite(a)
@@ -186,7 +186,7 @@ class Neumann:
             # K powers are K + 1 terms, the last of which is a product with the sum of
             # those before it; the compiler drops the product for a next one.
             total, _ = add_terms(product, zero, r0, self.steps + 1)
-            return finish(total, tree.vary_like(jnp.int32(self.steps), g))
+            return finish(total, sharding.vary_like(jnp.int32(self.steps), g))
 
         # Half of the tolerance is left to rounding: the report measures the residual of
         # the sum, which is larger than its last term.
@@ -294,4 +294,4 @@ def _uniform(seed: int, g: PyTree, size: jax.Array) -> PyTree:
         for k, x in zip(keys, leaves, strict=True)
     ]
     draws = [u.astype(x.dtype) for u, x in zip(draws, leaves, strict=True)]
-    return tree.typed_like(jax.tree.unflatten(treedef, draws), g)
+    return sharding.typed_like(jax.tree.unflatten(treedef, draws), g)

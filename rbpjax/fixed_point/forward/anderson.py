@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rbpjax._core import tree
+from rbpjax._core import sharding, tree
 from rbpjax.fixed_point.forward.iteration import relative_change
 from rbpjax.types import PyTree, Solution, check_count, check_real, strategy
 
@@ -119,9 +119,9 @@ class Anderson:
             )
 
         history = tree.empty_rows(m, h0)
-        k = tree.vary_like(jnp.int32(0), h0)
-        infinity = tree.vary_like(jnp.array(jnp.inf, dtype), h0)
-        gram = tree.vary_like(jnp.zeros((m, m), dtype), h0)
+        k = sharding.vary_like(jnp.int32(0), h0)
+        infinity = sharding.vary_like(jnp.array(jnp.inf, dtype), h0)
+        gram = sharding.vary_like(jnp.zeros((m, m), dtype), h0)
         rows = (history, history)  # of Δ(H + βR), and of ΔR
         zero = tree.scale(0.0, h0)
         carry = (h0, h0, zero, rows, gram, h0, k, k, infinity, infinity)

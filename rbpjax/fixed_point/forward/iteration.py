@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rbpjax._core import tree
+from rbpjax._core import sharding, tree
 from rbpjax.types import PyTree, Solution, check_count, check_real, strategy
 
 
@@ -53,8 +53,8 @@ def repeat(update: Callable, times: int | jax.Array, carry: tuple) -> tuple:
     """``update`` applied ``times`` times, without a loop for once or not at all."""
     if isinstance(times, int) and times <= 1:
         return update(carry) if times == 1 else carry
-    zero = tree.vary_like(jnp.int32(0), (times, carry))
-    times = tree.vary_like(jnp.int32(times), (times, carry))
+    zero = sharding.vary_like(jnp.int32(0), (times, carry))
+    times = sharding.vary_like(jnp.int32(times), (times, carry))
     return lax.fori_loop(zero, times, lambda _, c: update(c), carry)
 
 
@@ -183,8 +183,8 @@ class FixedPointIteration:
                 jnp.minimum(after, self.max_steps + 1 - k),
             )
 
-        zero = tree.vary_like(jnp.int32(0), h0)
-        infinity = tree.vary_like(jnp.array(jnp.inf, tree.real_dtype(h0)), h0)
+        zero = sharding.vary_like(jnp.int32(0), h0)
+        infinity = sharding.vary_like(jnp.array(jnp.inf, tree.real_dtype(h0)), h0)
         carry = (h0, h0, h0, zero, zero, infinity, infinity, zero + 1)
         carry = lax.while_loop(unfinished, body, carry)
         _, _, value, _, steps, residual, _, _ = carry

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rbpjax._core import tree
+from rbpjax._core import sharding, tree
 from rbpjax.fixed_point.forward.anderson import regularized_solve
 from rbpjax.fixed_point.forward.iteration import relative_change
 from rbpjax.types import PyTree, Solution, check_count, check_real, strategy
@@ -111,8 +111,8 @@ class RRE:
                 h = tree.axpy(-gamma[i], tree.take(rows, i + 1), h)
             return (rows, h, *rest)
 
-        zero = tree.vary_like(jnp.int32(0), h0)
-        infinity = tree.vary_like(jnp.array(jnp.inf, dtype), h0)
+        zero = sharding.vary_like(jnp.int32(0), h0)
+        infinity = sharding.vary_like(jnp.array(jnp.inf, dtype), h0)
         rows = tree.empty_rows(m + 1, h0)
         carry = (rows, h0, h0, zero, zero, infinity, infinity)
         carry = lax.while_loop(unfinished, cycle, carry)

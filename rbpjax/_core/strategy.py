@@ -1,0 +1,195 @@
+"""Strategies: value objects that hold the options of a method, checked when made.
+
+A field says with its specifier what it may be::
+
+    @strategy
+    class Neumann:
+        tol: float | None = tolerance()
+        max_steps: int = count(1000)
+        damping: float = real(0.0, below=1.0)
+
+and the instance is called, compared, hashed and printed by value. Options are given by
+name, but for a strategy in a strategy, a ``part``, as in ``RBP(Anderson())``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar, dataclass_transform
+
+import jax
+
+T = TypeVar("T")
+Check = Callable[[object], bool]
+
+REQUIRED: Any = dataclasses.MISSING
+"""In the place of a default: the option must be given."""
+
+
+def option(
+    default: Any, check: Check, meaning: str, *, excludes: str = "", part: bool = False
+) -> Any:
+    """A field whose value must pass ``check``; ``meaning`` says in words what it is.
+
+    ``excludes`` names another option that may not be given beside this one.
+    """
+    metadata = {"check": check, "meaning": meaning, "excludes": excludes}
+    return dataclasses.field(default=default, kw_only=not part, metadata=metadata)
+
+
+def count(default: Any = REQUIRED, *, minimum: int = 1, excludes: str = "") -> Any:
+    """A Python int of at least ``minimum``; None as well where it is the default."""
+
+    def check(value: object) -> bool:
+        return _is_number(value, int) and value >= minimum
+
+    meaning = f"a Python int of at least {minimum}"
+    return option(default, _or_none(default, check), meaning, excludes=excludes)
+
+
+def real(
+    default: Any = REQUIRED,
+    *,
+    minimum: float = 0.0,
+    maximum: float = math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> Any:
+    """A Python number in [minimum, maximum], and strictly between above and below."""
+
+    def check(value: object) -> bool:
+        return (
+            _is_number(value, int, float)
+            and max(minimum, above) <= value <= maximum
+            and above < value < below
+        )
+
+    left = f"({above}" if above >= minimum else f"[{minimum}"
+    right = f"{maximum}]" if maximum < below else f"{below})"
+    meaning = f"a Python number in {left}, {right}"
+    return option(default, _or_none(default, check), meaning)
+
+
+def tolerance(default: float | None = None, *, excludes: str = "") -> Any:
+    """A relative tolerance: a Python number in [0, 1), or None for the default one."""
+
+    def check(value: object) -> bool:
+        return value is None or (_is_number(value, int, float) and 0 <= value < 1)
+
+    meaning = "a Python number in [0, 1), relative, or None for the default tolerance"
+    return option(default, check, meaning, excludes=excludes)
+
+
+def switch(default: bool) -> Any:
+    """True or False."""
+    return option(default, lambda value: isinstance(value, bool), "True or False")
+
+
+def function(
+    default: Any = REQUIRED, *, meaning: str, part: bool = False, call: str = ""
+) -> Any:
+    """A callable, described by ``meaning``; None as well where it is the default.
+
+    With ``part`` it is a strategy in a strategy, which may be given without a name.
+    ``call`` is how it is called, of which the number of arguments is checked no
+    further: callables are the caller's own affair.
+    """
+    meaning = f"{meaning}, called as {call}" if call else meaning
+    return option(default, _or_none(default, callable), meaning, part=part)
+
+
+@dataclass_transform(
+    frozen_default=True,
+    kw_only_default=True,
+    field_specifiers=(option, count, real, tolerance, switch, function),
+)
+def strategy(cls: type[T]) -> type[T]:
+    """Makes ``cls`` a frozen dataclass and a static pytree, its options checked.
+
+    Instances compare and hash by value and print as they were written, so that they
+    can be closed over, passed through ``jax.jit`` or used as keys; equal instances
+    share one compilation. Options are Python values, never arrays: an array in a static
+    field would get gradient zero without a word, and no specifier lets one pass.
+
+    A class that has more to check than field by field defines ``__post_init__``, which
+    is run after those checks.
+    """
+    own = cls.__dict__.get("__post_init__")
+
+    def __post_init__(self: object) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            _check(self, field)
+        if own is not None:
+            own(self)
+
+    cls.__post_init__ = __post_init__  # type: ignore[attr-defined]
+    made = dataclasses.dataclass(frozen=True, kw_only=True, repr=False)(cls)
+    made.__repr__ = _as_written  # type: ignore[method-assign]
+    _take_names_only(made)
+    return jax.tree_util.register_static(made)
+
+
+def _as_written(self: object) -> str:
+    """The call that makes an equal instance, without what has its default value."""
+    given = (
+        f"{field.name}={getattr(self, field.name)!r}"
+        for field in dataclasses.fields(self)  # type: ignore[arg-type]
+        if getattr(self, field.name) != field.default
+    )
+    return f"{type(self).__name__}({', '.join(given)})"
+
+
+def _check(owner: object, field: dataclasses.Field) -> None:
+    """Raises ValueError unless the field's value is what its specifier says."""
+    name, value, rule = type(owner).__name__, getattr(owner, field.name), field.metadata
+    if not rule:
+        raise TypeError(
+            f"{name}.{field.name} has no specifier, such as count() or real()."
+        )
+    if not rule["check"](value):
+        raise ValueError(
+            f"{name}: `{field.name}` must be {rule['meaning']}; got {value!r}."
+            + (
+                " Arrays and tracers cannot be options."
+                if hasattr(value, "dtype")
+                else ""
+            )
+        )
+    other = rule["excludes"]
+    if other and value is not None and getattr(owner, other) is not None:
+        raise ValueError(
+            f"{name}: give `{field.name}` or `{other}`, not both; got "
+            f"{field.name}={value!r}, {other}={getattr(owner, other)!r}."
+        )
+
+
+def _take_names_only(cls: type) -> None:
+    """Has the constructor say which names there are when a value comes without one."""
+    init = cls.__init__
+    fields = dataclasses.fields(cls)
+    parts = [field for field in fields if not field.kw_only]
+
+    @functools.wraps(init)
+    def __init__(self: object, *args: Any, **options: Any) -> None:
+        if len(args) > len(parts):
+            names = ", ".join(f"{field.name}=…" for field in fields)
+            given = ", ".join(map(repr, args))
+            raise TypeError(
+                f"{cls.__name__} takes its options by name, {cls.__name__}({names}); "
+                f"got {cls.__name__}({given})."
+            )
+        init(self, *args, **options)
+
+    cls.__init__ = __init__
+
+
+def _is_number(value: object, *kinds: type) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _or_none(default: object, check: Check) -> Check:
+    """``check``, or None as well where None is the default."""
+    return (lambda value: value is None or check(value)) if default is None else check
