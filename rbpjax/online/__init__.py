@@ -11,6 +11,7 @@ choose, for n units and P parameters:
 * ``bptt``, ``tbptt``: the baselines, over a whole sequence.
 """
 
+from rbpjax.online.bptt import bptt, tbptt
 from rbpjax.online.cell import PreactivationCell
 from rbpjax.online.combine import (
     average,
@@ -22,6 +23,7 @@ from rbpjax.online.combine import (
 from rbpjax.online.estimator import Carry, Estimator, OnlineOutput
 from rbpjax.online.kalman import kalman_nobacktrack
 from rbpjax.online.kf_rtrl import Kronecker, kf_rtrl
+from rbpjax.online.local import snap1
 from rbpjax.online.metric import scale_by_quasi_diagonal
 from rbpjax.online.nobacktrack import nobacktrack
 from rbpjax.online.noise import all_signs
@@ -33,8 +35,6 @@ from rbpjax.online.rank_one import (
 )
 from rbpjax.online.rflo import rflo
 from rbpjax.online.rtrl import rtrl
-from rbpjax.online.sequence import bptt, tbptt
-from rbpjax.online.snap1 import snap1
 from rbpjax.online.uoro import uoro
 
 __all__ = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rbpjax.online.cell import PreactivationCell
 from rbpjax.online.estimator import Estimator, LossFn
-from rbpjax.online.snap1 import local_influence
+from rbpjax.online.local import local_influence
 
 
 def rflo(cell: PreactivationCell, loss: LossFn) -> Estimator:

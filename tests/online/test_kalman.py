@@ -9,7 +9,7 @@ import pytest
 
 from rbpjax import online
 from rbpjax.online.metric import QuasiDiagonal, outer, solve
-from tests.online.systems import run, vanilla
+from tests.support.online import run, vanilla
 
 TIGHT = dict(rtol=1e-12, atol=1e-12)
 

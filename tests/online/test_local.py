@@ -7,7 +7,7 @@ import pytest
 
 from rbpjax import online
 from rbpjax.online.cell import unit_jacobians
-from tests.online.systems import leaky, lstm, run, step_gradients, vanilla
+from tests.support.online import leaky, lstm, run, step_gradients, vanilla
 
 TIGHT = dict(rtol=1e-12, atol=1e-12)
 

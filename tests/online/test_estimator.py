@@ -7,7 +7,7 @@ import pytest
 
 import rbpjax.online
 from rbpjax import online
-from tests.online.systems import lstm, run, vanilla
+from tests.support.online import lstm, run, vanilla
 
 TIGHT = dict(rtol=1e-12, atol=1e-12)
 

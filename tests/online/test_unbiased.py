@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from rbpjax import online
-from tests.online.systems import (
+from tests.support.online import (
     enumerate_runs,
     gru,
     gru_after,
