@@ -12,7 +12,7 @@ from rbpjax.unitary.expm import expm_skew as expm_skew
 from rbpjax.unitary.kernel import FourierKernel as FourierKernel
 from rbpjax.unitary.kernel import conv_exp as conv_exp
 from rbpjax.unitary.kernel import fourier_kernel as fourier_kernel
-from rbpjax.unitary.reversible import HistoryReport as HistoryReport
-from rbpjax.unitary.reversible import Inverse as Inverse
-from rbpjax.unitary.reversible import Replay as Replay
-from rbpjax.unitary.reversible import recomputed_scan as recomputed_scan
+from rbpjax.unitary.recompute import HistoryReport as HistoryReport
+from rbpjax.unitary.recompute import Inverse as Inverse
+from rbpjax.unitary.recompute import Replay as Replay
+from rbpjax.unitary.recompute import recomputed_scan as recomputed_scan

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from rbpjax.types import PyTree, StepFn, check_count, strategy
-from rbpjax.unitary.backtrack import by_inverse, by_replay
+from rbpjax.unitary.history import by_inverse, by_replay
 
 
 class HistoryReport(NamedTuple):

@@ -15,7 +15,7 @@ from rbpjax.perturb import (
     WeightPerturbation,
 )
 from rbpjax.perturb.cell import local_pullback
-from tests.perturb.networks import (
+from tests.support.perturb import (
     dense,
     distance,
     estimate,

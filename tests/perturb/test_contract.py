@@ -15,7 +15,7 @@ from rbpjax.perturb import (
     Trace,
     WeightPerturbation,
 )
-from tests.perturb.networks import dense, estimate, gated, plain
+from tests.support.perturb import dense, estimate, gated, plain
 
 RULES = [
     NodePerturbation(2),

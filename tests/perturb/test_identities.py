@@ -15,7 +15,7 @@ from rbpjax.perturb import (
     Trace,
     WeightPerturbation,
 )
-from tests.perturb.networks import (
+from tests.support.perturb import (
     dense,
     distance,
     estimate,

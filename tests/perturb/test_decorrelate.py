@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from rbpjax import perturb
-from tests.perturb.networks import dense, distance, estimate, gradient, node_gradient
+from tests.support.perturb import dense, distance, estimate, gradient, node_gradient
 
 
 def rows():

@@ -12,7 +12,7 @@ from rbpjax.perturb import (
     OneSided,
     WeightPerturbation,
 )
-from tests.perturb.networks import (
+from tests.support.perturb import (
     Network,
     dense,
     distance,
