@@ -6,21 +6,15 @@ import sys
 
 import tyro
 
-from benchmarks import (
-    citation,
-    families,
-    fuzz,
-    hopfield,
-    hyperopt,
-    modes,
-    online,
-    perturb,
-    readme,
-    rules,
-    unitary,
-    warm,
-)
+from benchmarks import readme
+from benchmarks.citation import experiment as citation
+from benchmarks.comparison import families, fuzz, modes, rules, warm
 from benchmarks.harness import UsageError
+from benchmarks.hopfield import experiment as hopfield
+from benchmarks.hyperopt import experiment as hyperopt
+from benchmarks.online import experiment as online
+from benchmarks.perturb import experiment as perturb
+from benchmarks.unitary import experiment as unitary
 
 # An experiment is one dataclass: its fields are the options, its ``run`` does the work.
 COMMANDS = {

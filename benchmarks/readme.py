@@ -9,17 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import (
-    citation,
-    families,
-    hopfield,
-    hyperopt,
-    modes,
-    perturb,
-    rules_report,
-    warm,
-)
+from benchmarks.citation import experiment as citation
+from benchmarks.comparison import families, modes, warm
+from benchmarks.comparison import report as rules_report
 from benchmarks.harness import mean_std, read_json, require, table
+from benchmarks.hopfield import experiment as hopfield
+from benchmarks.hyperopt import experiment as hyperopt
+from benchmarks.perturb import experiment as perturb
 
 README = Path(__file__).parent.parent / "README.md"
 

@@ -1,0 +1,1 @@
+"""Rules against each other, against other libraries, and against what is exact."""

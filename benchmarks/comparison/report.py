@@ -1,0 +1,392 @@
+"""Tables and figures of ``rules``, from its result file."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.comparison.peers import DEFAULT
+from benchmarks.harness import figure, require, save_figure, say, table
+
+README = Path(__file__).parent.parent / "README.md"
+COLORS = {
+    "rbpjax": "C0",
+    "jaxopt": "C1",
+    "optimistix": "C2",
+    "jax": "C7",
+    "torchdeq": "C3",
+}
+DEFAULTS = ("jaxopt normal CG", "optimistix default (LU)")
+"""What the peers do when nothing is chosen; the forward iteration is theirs too."""
+Entry = dict[str, Any]
+
+
+def ratio(entry: Entry, target: str, role: str) -> dict[str, Any] | None:
+    """The best peer's time ÷ ours, turn by turn: median and quartiles."""
+    turns = entry["targets"][target]["turns"]
+    if role not in turns or "peer" not in turns:
+        return None
+    pair = (np.array(turns[who]["seconds"]) for who in ("peer", role))
+    return _quartiles(np.divide(*pair))
+
+
+def overall(result: Entry, target: str, role: str) -> dict[str, Any] | None:
+    """The geometric mean over problems, made in each turn: median and quartiles."""
+    logs = []
+    for entry in result["problems"].values():
+        turns = entry["targets"][target]["turns"]
+        if role in turns and "peer" in turns:
+            pair = (np.log(turns[who]["seconds"]) for who in ("peer", role))
+            logs.append(np.subtract(*pair))
+    if not logs:
+        return None
+    return _quartiles(np.exp(np.mean(logs, axis=0))) | {"problems": len(logs)}
+
+
+def untuned(result: Entry, target: str, peer: str) -> str:
+    """A library's own default ÷ ours, tolerances apart: mean over problems, extremes.
+
+    Of medians, not turn by turn: far slower ones have only the time of their trial.
+    """
+    ratios = []
+    for entry in result["problems"].values():
+        found = entry["targets"][target]["methods"]
+        if peer in found and DEFAULT in found:
+            pair = (found[name]["seconds"]["median"] for name in (peer, DEFAULT))
+            ratios.append(np.divide(*pair))
+    if not ratios:
+        return f"{peer} met it nowhere"
+    return (
+        f"{peer} {np.exp(np.mean(np.log(ratios))):.2f} ({min(ratios):.2f} to "
+        f"{max(ratios):.3g}, {len(ratios)} problems)"
+    )
+
+
+def line(entry: Entry) -> str:
+    """One problem in a line, as it is done."""
+    parts = [entry["title"]]
+    for target in entry["targets"]:
+        shown = (_shown(ratio(entry, target, role)) for role in ("default", "ours"))
+        parts.append(f"error {target}: peer/default {', peer/best rule '.join(shown)}")
+    return "; ".join(parts)
+
+
+def write(result: Entry) -> Entry:
+    """Draws the figures and makes the block of benchmarks/README.md anew."""
+    for name, draw in (("rules-error", draw_error), ("rules-memory", draw_memory)):
+        save_figure(draw(result), name)
+    text = README.read_text()
+    begin, end = "<!-- rules:begin -->", "<!-- rules:end -->"
+    require(begin in text and end in text, "benchmarks/README.md has no block rules")
+    block = f"{begin}\n{tables(result)}\n{end}"
+    pattern = re.escape(begin) + ".*?" + re.escape(end)
+    partial = README.with_suffix(".md.partial")
+    partial.write_text(re.sub(pattern, lambda _: block, text, flags=re.DOTALL))
+    os.replace(partial, README)
+    say(block)
+    return result
+
+
+def summary(result: Entry) -> str:
+    """The ratios of all problems in one table, their means, and our own costs."""
+    targets = list(next(iter(result["problems"].values()))["targets"])
+    means = [
+        f"{_shown(overall(result, target, role))} ({name}) at {target}"
+        for target in targets
+        for role, name in (("ours", "best rule"), ("default", "default"))
+    ]
+    costs, ratios = result["costs"], []
+    for k, c in costs["truncation"].items():
+        ratios.append(f"{_shown(c['ratio'])} at K = {k}")
+    memory = []
+    for batch, methods in costs["memory"].items():
+        last = {name: list(sizes.values())[-1] for name, sizes in methods.items()}
+        pair = (last["BPTT"] / last[name] for name in ("Neumann", "Adaptive"))
+        memory.append(f"{', '.join(f'{r:,.0f}' for r in pair)} for {batch} × 256 units")
+    overhead = "; ".join(
+        f"{n} {_shown(c['ratio'])}" for n, c in costs["overhead"].items()
+    )
+    least = ""
+    if "limit" in costs:
+        above = _above_limit(costs["limit"])
+        least = (
+            "Products of a backward solve ÷ the fewest that any method of products "
+            f"with Jᵀ can do with: {above['the best of these']} for our best rule, "
+            f"{above['BiCGSTAB']} for BiCGSTAB, mostly the fastest that others have "
+            "(geometric means over as many problems). "
+        )
+    return "\n\n".join(
+        [
+            table([_summary_row(e, targets) for e in result["problems"].values()]),
+            "The fastest other library's time ÷ ours, for value and gradient at the "
+            "same relative gradient error, by the fastest of our rules, then by the "
+            "default; medians and quartiles of interleaved turns, above 1 is faster. "
+            f"Geometric means: {'; '.join(means)}. Neumann(K) ÷ TBPTT(K + 1): "
+            f"{', '.join(ratios)}. BPTT's temporary memory at 5,000 steps ÷ ours "
+            f"(Neumann, default): {'; '.join(memory)}. Time of a backward "
+            f"solve ÷ its products in a bare loop: {overhead}. {least}`import rbpjax`: "
+            f"{costs['imports']['above']['median']:.2f} s above `import jax`.",
+        ]
+    )
+
+
+def _summary_row(entry: Entry, targets: list[str]) -> dict[str, str]:
+    """Who is compared with whom, and how they compare."""
+    row = {"problem": entry["title"]}
+    for target in targets:
+        turns = entry["targets"][target]["turns"]
+        names = [
+            turns.get(role, {}).get("method", "–").removeprefix("rbpjax ")
+            for role in ("ours", "peer")
+        ]
+        row[f"ours, other at {target}"] = ", ".join(names)
+        row[f"ratio at {target}"] = _shown(ratio(entry, target, "ours"))
+        row[f"default at {target}"] = _shown(ratio(entry, target, "default"))
+    return row
+
+
+def tables(result: Entry) -> str:
+    """Everything that the report says in Markdown."""
+    where = result["environment"]
+    packages = ", ".join(f"{k} {v}" for k, v in where["packages"].items())
+    parts = []
+    for target in next(iter(result["problems"].values()))["targets"]:
+        parts += [
+            f"Milliseconds of value and gradient at a relative gradient error of "
+            f"{target}; *ratio* is the fastest other library's time ÷ ours, turn by "
+            "turn, median and quartiles. – none of its settings met the error.",
+            table([_row(entry, target) for entry in result["problems"].values()]),
+            f"Geometric means at {target}: "
+            + "; ".join(
+                f"{title} {_shown(overall(result, target, role))}"
+                for role, title in (("default", "default"), ("ours", "best rule"))
+            )
+            + ". The defaults of other libraries ÷ our default, where they meet the "
+            "error at all: "
+            + "; ".join(untuned(result, target, peer) for peer in DEFAULTS)
+            + ".",
+        ]
+    parts += [
+        "Compile time and temporary memory of the default and of the fastest peer (at "
+        f"{target}):",
+        table([_cost_row(entry, target) for entry in result["problems"].values()]),
+        *_costs(result["costs"], result["problems"]),
+        f"{where['date']}, {where['device']}, {where['cores']} cores, {packages}.",
+    ]
+    return "\n\n".join(parts)
+
+
+def _row(entry: Entry, target: str) -> dict[str, str]:
+    """Times of the default, and the best of each library."""
+    found = entry["targets"][target]["methods"]
+    row = {"problem": entry["title"], "default": _time(found, [DEFAULT])}
+    row["best rule"] = _time(found, [n for n in found if n.startswith("rbpjax")], True)
+    for library in ("jaxopt", "optimistix"):
+        row[library] = _time(found, [n for n in found if n.startswith(library)], True)
+    row["custom_root"] = _time(found, ["jax custom_root"])
+    row["BPTT, TBPTT"] = _time(found, ["jax BPTT", "jax TBPTT"])
+    row["torchdeq"] = _time(found, [n for n in found if n.startswith("torch")], True)
+    row["ratio, default"] = _shown(ratio(entry, target, "default"))
+    row["ratio, best rule"] = _shown(ratio(entry, target, "ours"))
+    return row
+
+
+def _time(found: Entry, names: list[str], tell: bool = False) -> str:
+    """The shortest median of these methods, with the name of it."""
+    seconds = {n: found[n]["seconds"]["median"] for n in names if n in found}
+    if not seconds:
+        return "–"
+    name = min(seconds, key=seconds.__getitem__)
+    shown = f"{1e3 * seconds[name]:.3g}"
+    return f"{shown} {name.split(' ', 1)[1]}" if tell else shown
+
+
+def _cost_row(entry: Entry, target: str) -> dict[str, str]:
+    row = {"problem": entry["title"]}
+    turns = entry["targets"][target]["turns"]
+    for role, title in (
+        ("default", "default"),
+        ("ours", "best rule"),
+        ("peer", "peer"),
+    ):
+        name = turns.get(role, {}).get("method")
+        method = entry["methods"].get(name, {})
+        compile_s = method.get("compile_s")
+        size = entry["targets"][target]["methods"].get(name, {}).get("bytes")
+        row[f"{title}: compile"] = f"{compile_s['median']:.2f} s" if compile_s else "–"
+        row[f"{title}: memory"] = f"{size / 1e6:.3g} MB" if size else "–"
+    return row
+
+
+def _costs(costs: Entry, problems: Entry) -> list[str]:
+    parts = []
+    if "truncation" in costs:
+        rows = [
+            {
+                "K": k,
+                "Neumann(K) ÷ TBPTT(K + 1)": _shown(c["ratio"]),
+                "TBPTT": f"{c['bytes']['tbptt'] / 1e6:.2f} MB",
+                "Neumann": f"{c['bytes']['neumann'] / 1e6:.2f} MB",
+            }
+            for k, c in costs["truncation"].items()
+        ]
+        parts += [
+            "Time of the gradient by Neumann(K) ÷ by TBPTT(K + 1), tanh RNN 128 × 256 "
+            "with 101 steps forward, and temporary memory:",
+            table(rows),
+        ]
+    if "overhead" in costs:
+        rows = [
+            {
+                "rule": name,
+                "products": str(c["products"]),
+                "time ÷ bare products": _shown(c["ratio"]),
+            }
+            for name, c in costs["overhead"].items()
+        ]
+        parts += [
+            "Time of the backward solve ÷ time of as many products in a bare loop, "
+            "tanh RNN 128 × 256, ‖W‖₂ = 0.9, tolerance 1e-6:",
+            table(rows),
+        ]
+    if "limit" in costs:
+        parts += _limit(costs["limit"], problems)
+    if "memory" in costs:
+        made = []
+        for batch, methods in costs["memory"].items():
+            last = {name: list(sizes.values())[-1] for name, sizes in methods.items()}
+            made.append(
+                f"{last['BPTT'] / last['Neumann']:,.0f} (Neumann) and "
+                f"{last['BPTT'] / last['Adaptive']:,.0f} (default) times ours for "
+                f"{batch} × 256 units"
+            )
+        parts.append("BPTT's temporary memory at 5,000 steps: " + "; ".join(made) + ".")
+    if "imports" in costs:
+        c = costs["imports"]
+        parts.append(
+            f"`import rbpjax` takes {c['above']['median']:.2f} s "
+            f"[{c['above']['q25']:.2f}, {c['above']['q75']:.2f}] more than `import "
+            f"jax` ({c['jax']['median']:.2f} s)."
+        )
+    return parts
+
+
+def _limit(limit: Entry, problems: Entry) -> list[str]:
+    """Products of each rule, and how far they are from the fewest."""
+    rows = [
+        {"problem": problems[name]["title"]}
+        | {rule: "–" if n is None else str(n) for rule, n in counts.items()}
+        for name, counts in limit.items()
+    ]
+    means = (f"{rule} {mean}" for rule, mean in _above_limit(limit).items())
+    return [
+        "Products with Jᵀ (CGNormal: and J) of a backward solve to a residual of 1e-4, "
+        "and the fewest that any method can do with whose iterate is made of products "
+        "with Jᵀ: GMRES without a restart. All aim at half of it, and verify it by one "
+        "product, which is counted but for the fewest. – not reached.",
+        table(rows),
+        "Products ÷ the fewest, geometric means over the problems (as many) where both "
+        f"reach it: {', '.join(means)}.",
+    ]
+
+
+def _above_limit(limit: Entry) -> dict[str, str]:
+    """Products ÷ the fewest of each rule, and of the best of them: geometric means."""
+    counts = [
+        {rule: n for rule, n in found.items() if n} | {"fewest": found["fewest"]}
+        for found in limit.values()
+        if found["fewest"]
+    ]
+    for found in counts:
+        others = [n for rule, n in found.items() if rule != "fewest"]
+        if others:
+            found["the best of these"] = min(others)
+    shown = {}
+    for rule in [*next(iter(limit.values())), "the best of these"]:
+        logs = [
+            np.log(found[rule] / found["fewest"]) for found in counts if rule in found
+        ]
+        if rule != "fewest" and logs:
+            shown[rule] = f"{np.exp(np.mean(logs)):.2f} ({len(logs)})"
+    return shown
+
+
+def draw_error(result: Entry) -> Any:
+    """Time against error: one curve a method, one color a library."""
+    names = [n for n in result["problems"] if not n.startswith("family")]
+    columns = 5
+    rows = max(-(-len(names) // columns), 1)
+    fig, axes = figure(13, 2.7 * rows, nrows=rows, ncols=columns, squeeze=False)
+    for ax, name in zip(axes.flat, names, strict=False):
+        entry = result["problems"][name]
+        for method, found in entry["methods"].items():
+            curve = [(p["error"], p["seconds"]) for p in found["curve"]]
+            curve = sorted((e, 1e3 * s) for e, s in curve if e is not None and e < 1)
+            if curve:
+                default = method == DEFAULT
+                ours = found["library"] == "rbpjax"
+                ax.loglog(
+                    *zip(*curve, strict=True),
+                    color=COLORS[found["library"]],
+                    linewidth=2.4 if default else 0.9,
+                    marker="o" if default else ".",
+                    markersize=4,
+                    alpha=1 if default else 0.7,
+                    zorder=4 if default else 3 if ours else 2,
+                )
+        ax.set_title(entry["title"])
+        ax.invert_xaxis()
+    for ax in axes.flat[len(names) :]:
+        ax.set_visible(False)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("time, ms")
+    for ax in axes[-1]:
+        ax.set_xlabel("relative gradient error")
+    present = {
+        m["library"] for e in result["problems"].values() for m in e["methods"].values()
+    }
+    keys = [
+        fig.axes[0].plot([], [], color=COLORS["rbpjax"], linewidth=2.4, marker="o")[0]
+    ]
+    labels = ["rbpjax, default"]
+    for library, color in COLORS.items():
+        if library in present:
+            keys.append(
+                fig.axes[0].plot([], [], color=color, linewidth=0.9, marker=".")[0]
+            )
+            labels.append(
+                {"jax": "jax: custom_root, BPTT, TBPTT"}.get(library, library)
+            )
+    fig.legend(keys, labels, loc="outside lower center", ncols=len(keys))
+    return fig
+
+
+def draw_memory(result: Entry) -> Any:
+    """Temporary bytes against steps, for one example and a batch."""
+    memory = result["costs"]["memory"]
+    fig, axes = figure(8, 3, ncols=len(memory), squeeze=False)
+    for ax, (batch, methods) in zip(axes[0], memory.items(), strict=True):
+        for name, sizes in methods.items():
+            ax.loglog(
+                list(map(int, sizes)), list(sizes.values()), marker=".", label=name
+            )
+        ax.set_title(f"tanh RNN, {batch} × 256 units")
+        ax.set_xlabel("steps")
+    axes[0, 0].set_ylabel("temporary bytes")
+    axes[0, 0].legend()
+    return fig
+
+
+def _quartiles(values: np.ndarray) -> dict[str, Any]:
+    low, middle, high = np.percentile(values, [25, 50, 75])
+    return {"median": float(middle), "q25": float(low), "q75": float(high)}
+
+
+def _shown(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "–"
+    return f"{found['median']:.2f} [{found['q25']:.2f}, {found['q75']:.2f}]"

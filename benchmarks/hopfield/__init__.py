@@ -1,0 +1,1 @@
+"""A Hopfield memory by five gradient methods."""

@@ -1,0 +1,1 @@
+"""Norm-preserving recurrence."""
