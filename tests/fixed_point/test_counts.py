@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import rbpjax
-from benchmarks.families import FAMILIES
-from benchmarks.rules_costs import count_products
+from benchmarks.comparison.costs import count_products
+from benchmarks.comparison.families import FAMILIES
 from rbpjax import (
     CG,
     GMRES,
@@ -27,7 +27,7 @@ from rbpjax import (
     Neumann,
     Newton,
 )
-from tests.fixed_point.test_memory import count, loop_bodies
+from tests.support.hlo import count, loop_bodies
 
 N = 40
 RHO, TOL = 0.6, 1e-8

@@ -7,7 +7,7 @@ import pytest
 
 import rbpjax
 from rbpjax import RBP, CGNormal, FixedPointIteration, Neumann
-from tests.problems import (
+from tests.support.problems import (
     CONVERGED_RTOL,
     EXPANSIVE,
     FORWARD,

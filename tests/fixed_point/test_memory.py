@@ -1,7 +1,5 @@
 """What the compiled gradient stores and computes: bytes, products, traces."""
 
-import re
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,7 +7,8 @@ import pytest
 
 import rbpjax
 from rbpjax import RBP, CGNormal, FixedPointIteration, Neumann
-from tests.problems import PROBLEMS, RULES, readout, replace
+from tests.support.hlo import count, loop_bodies
+from tests.support.problems import PROBLEMS, RULES, readout, replace
 
 rules = pytest.mark.parametrize("name", RULES)
 W = jax.random.normal(jax.random.key(0), (16, 16)) / 8
@@ -56,34 +55,6 @@ def test_memory_of_bptt_is_linear_in_the_steps():
     assert temp_bytes(solver(CGNormal())) < 50 * state
     short, long = (temp_bytes(rbpjax.tbptt(tanh_rnn, t, 20)) for t in (50, 5000))
     assert short == long
-
-
-def computations(text: str) -> dict[str, str]:
-    """The computations of an HLO module, by name."""
-    found = re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\{\n(.*?)^\}", text, re.M | re.S)
-    return dict(found)
-
-
-def loop_bodies(compiled) -> list[str]:
-    """The while bodies of a program, each with all it calls except inner loops."""
-    parts = computations(compiled.as_text())
-
-    def inlined(name: str) -> str:
-        lines = [line for line in parts[name].splitlines() if " while(" not in line]
-        text = "\n".join(lines)
-        called = re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", text)
-        return "\n".join([text, *map(inlined, called)])
-
-    names = {
-        name
-        for part in parts.values()
-        for name in re.findall(r" while\(.*?body=%?([\w.\-]+)", part)
-    }
-    return [inlined(name) for name in sorted(names)]
-
-
-def count(pattern: str, text: str) -> int:
-    return len(re.findall(pattern, text))
 
 
 PRODUCT = r" dot\(|custom_call_target=\"[^\"]*(?:gemm|matmul|dot)"

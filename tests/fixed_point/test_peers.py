@@ -11,7 +11,7 @@ import pytest
 
 import rbpjax
 from rbpjax import AdjointReport, Anderson, FixedPointIteration, Neumann, Solution
-from tests.problems import (
+from tests.support.problems import (
     CONVERGED_RTOL,
     EXPANSIVE,
     FORWARD,

@@ -7,7 +7,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import rbpjax
-from tests.problems import (
+from tests.support.problems import (
     CONVERGED_RTOL,
     FORWARD,
     RULES,

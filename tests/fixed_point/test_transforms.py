@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import rbpjax
-from tests.problems import (
+from tests.support.problems import (
     CONVERGED_RTOL,
     FIXED_COUNT,
     IDENTITY_RTOL,

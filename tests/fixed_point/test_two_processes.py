@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-PROGRAM = Path(__file__).with_name("two_processes.py")
+PROGRAM = Path(__file__).parents[1] / "support" / "two_processes.py"
 
 
 def test_gradients_over_two_processes_are_those_of_one_device():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import rbpjax
-from tests.problems import IDENTITY_RTOL, PROBLEMS, assert_close, readout
+from tests.support.problems import IDENTITY_RTOL, PROBLEMS, assert_close, readout
 
 PROBLEM = PROBLEMS["pytree"]
 H0 = jax.tree.map(lambda x: x + 0.3, PROBLEM.h0)

@@ -10,7 +10,7 @@ from flax import nnx
 
 import rbpjax
 from rbpjax.nn import FixedPoint
-from tests.problems import FORWARD, IDENTITY_RTOL, assert_close
+from tests.support.problems import FORWARD, IDENTITY_RTOL, assert_close
 
 N = 5
 X = jax.random.normal(jax.random.key(1), (3, N))

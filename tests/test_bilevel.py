@@ -9,7 +9,7 @@ import pytest
 
 import rbpjax
 from rbpjax import Adaptive, CGNormal, FixedPointIteration, optimizer_step
-from tests.problems import CONVERGED_RTOL, assert_close
+from tests.support.problems import CONVERGED_RTOL, assert_close
 
 N = 6
 _random = np.random.default_rng(0)

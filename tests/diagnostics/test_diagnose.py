@@ -10,7 +10,7 @@ import pytest
 
 import rbpjax
 from rbpjax.diagnostics.diagnose import CANDIDATES
-from tests.problems import (
+from tests.support.problems import (
     EXPANSIVE,
     PROBLEMS,
     assert_close,

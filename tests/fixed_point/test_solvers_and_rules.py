@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import rbpjax
-from benchmarks.families import FAMILIES
-from benchmarks.rules_costs import count_products
+from benchmarks.comparison.costs import count_products
+from benchmarks.comparison.families import FAMILIES
 from rbpjax import (
     CG,
     GMRES,
@@ -22,7 +22,7 @@ from rbpjax import (
     FixedPointIteration,
     Newton,
 )
-from tests.problems import EXPANSIVE, PROBLEMS, assert_close, fixed_point
+from tests.support.problems import EXPANSIVE, PROBLEMS, assert_close, fixed_point
 
 SOLVERS = {
     "rre": RRE(tol=1e-12),

@@ -12,7 +12,7 @@ import pytest
 import rbpjax
 from rbpjax import FixedPointIteration, Solution
 from rbpjax.fixed_point.forward.iteration import next_look, relative_change
-from tests.problems import (
+from tests.support.problems import (
     CONVERGED_RTOL,
     PROBLEMS,
     assert_close,

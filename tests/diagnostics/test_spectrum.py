@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import rbpjax
-from tests.problems import (
+from tests.support.problems import (
     EXPANSIVE,
     PROBLEMS,
     assert_close,

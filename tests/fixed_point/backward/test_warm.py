@@ -22,7 +22,7 @@ from rbpjax import (
     Neumann,
 )
 from rbpjax.fixed_point.backward.rule import takes_start
-from tests.problems import (
+from tests.support.problems import (
     CONVERGED_RTOL,
     EXPANSIVE,
     FIXED_COUNT,

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import rbpjax
-from benchmarks.families import FAMILIES
-from benchmarks.hyperopt_quadratics import draw_problem
-from benchmarks.rules_costs import count_products
+from benchmarks.comparison.costs import count_products
+from benchmarks.comparison.families import FAMILIES
+from benchmarks.hyperopt.quadratics import draw_problem
 from rbpjax import (
     GMRES,
     RBP,
@@ -24,7 +24,7 @@ from rbpjax import (
     Solution,
 )
 from rbpjax.fixed_point.backward.neumann import begin
-from tests.problems import EXPANSIVE, PROBLEMS, assert_close, fixed_point
+from tests.support.problems import EXPANSIVE, PROBLEMS, assert_close, fixed_point
 
 
 def dense(jac, g):

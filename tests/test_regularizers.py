@@ -12,7 +12,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import rbpjax
-from tests.problems import PROBLEMS, dense_jacobian, fixed_point
+from tests.support.problems import PROBLEMS, dense_jacobian, fixed_point
 
 KEY = jax.random.key(21)
 problems = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)

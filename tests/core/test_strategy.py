@@ -14,7 +14,7 @@ import pytest
 
 import rbpjax
 from rbpjax import RBP, CGNormal, FixedPointIteration, Neumann
-from tests.problems import PROBLEMS, RULES, readout
+from tests.support.problems import PROBLEMS, RULES, readout
 
 PUBLIC = {name: getattr(rbpjax, name) for name in rbpjax.__all__}
 FUNCTIONS = {k: v for k, v in PUBLIC.items() if isinstance(v, types.FunctionType)}

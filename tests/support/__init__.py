@@ -1,0 +1,1 @@
+"""Problems, families of Jacobians and counters that several tests share."""
