@@ -1,4 +1,4 @@
-"""Strict numerics for every test and doctest: float64, explicit ranks and dtypes."""
+"""Strict numerics for every test: float64, explicit ranks and dtypes."""
 
 import os
 
@@ -7,6 +7,7 @@ import os
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    + " --xla_cpu_use_fusion_emitters=false"
 )
 
 import jax

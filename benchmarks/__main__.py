@@ -1,62 +1,85 @@
 """The command line: ``python -m benchmarks NAME --help``."""
 
-import contextlib
-import io
 import sys
 
 import tyro
 
-from benchmarks import readme
-from benchmarks.citation import experiment as citation
-from benchmarks.comparison import families, fuzz, modes, rules, warm
-from benchmarks.harness import UsageError
-from benchmarks.hopfield import experiment as hopfield
-from benchmarks.hyperopt import experiment as hyperopt
-from benchmarks.online import experiment as online
-from benchmarks.perturb import experiment as perturb
-from benchmarks.unitary import experiment as unitary
+from benchmarks.citation.experiment import Citation
+from benchmarks.comparison.before_after import BeforeAfter
+from benchmarks.comparison.families import Families
+from benchmarks.comparison.fuzz import Fuzz
+from benchmarks.comparison.modes import Modes
+from benchmarks.comparison.rules import Rules
+from benchmarks.comparison.warm import Warm
+from benchmarks.harness import results
+from benchmarks.harness.experiment import Experiment
+from benchmarks.harness.options import UsageError, check, require
+from benchmarks.hopfield.experiment import Hopfield
+from benchmarks.hyperopt.experiment import Hyperopt
+from benchmarks.online.experiment import Online
+from benchmarks.perturb.experiment import Perturb
+from benchmarks.readme import Readme
+from benchmarks.unitary.experiment import Unitary
 
-# An experiment is one dataclass: its fields are the options, its ``run`` does the work.
-COMMANDS = {
-    "citation": citation.Citation,
-    "families": families.Families,
-    "fuzz": fuzz.Fuzz,
-    "hopfield": hopfield.Hopfield,
-    "hyperopt": hyperopt.Hyperopt,
-    "modes": modes.Modes,
-    "online": online.Online,
-    "perturb": perturb.Perturb,
-    "rules": rules.Rules,
-    "unitary": unitary.Unitary,
-    "warm": warm.Warm,
-    "readme": readme.Readme,
-}
+# To add an experiment, write it in one file and add one row here.
+EXPERIMENTS: tuple[type[Experiment], ...] = (
+    Citation,
+    Families,
+    Fuzz,
+    Hopfield,
+    Hyperopt,
+    Modes,
+    Online,
+    Perturb,
+    Rules,
+    Unitary,
+    Warm,
+    BeforeAfter,
+    Readme,
+)
+COMMANDS = {experiment.name: experiment for experiment in EXPERIMENTS}
+PROGRAM = "python -m benchmarks"
 
 
-def parse(arguments: list[str]) -> object:
-    """The experiment that the arguments ask for; UsageError in one line if none."""
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.extras.subcommand_cli_from_dict(
-                COMMANDS, prog="python -m benchmarks", args=arguments
-            )
-    except SystemExit as exit_:
-        if not exit_.code:  # --help
-            raise
-        # A frame, drawn in the terminal's own characters, with its title in the first
-        # line; the second line says what was wrong.
-        lines = [line.strip("│╭╮╰╯─|+- ") for line in complaint.getvalue().splitlines()]
-        raise UsageError(next(filter(None, lines[1:]), "bad arguments")) from None
+def overview() -> str:
+    """A line for each experiment, and how to get help."""
+    width = max(map(len, COMMANDS))
+    lines = [
+        f"  {name.ljust(width)}  {(made.__doc__ or '').splitlines()[0]}"
+        for name, made in COMMANDS.items()
+    ]
+    usage = f"usage: {PROGRAM} NAME [options]; {PROGRAM} NAME --help lists the options"
+    return "\n".join([usage, "", *lines])
+
+
+def parse(arguments: list[str]) -> Experiment:
+    """The experiment that the arguments ask for; tyro says what it cannot read.
+
+    Raises:
+      UsageError: for a name that is not known.
+      SystemExit: after a message of tyro's, with 2, or after help, with 0.
+    """
+    if arguments and not arguments[0].startswith("-"):
+        known = f"experiments are {', '.join(COMMANDS)}"
+        require(arguments[0] in COMMANDS, f"unknown {arguments[0]!r}; {known}")
+    return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog=PROGRAM, args=arguments)
 
 
 def main(arguments: list[str]) -> int:
     """Runs one command and returns the exit code."""
+    if not arguments:
+        print(overview())
+        return 0
     try:
-        parse(arguments).run()
+        experiment = parse(arguments)
+        check(experiment)
+        results.prepare()
+        experiment.run()
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except SystemExit as exit_:
+        return int(exit_.code or 0)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130

@@ -7,13 +7,15 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from benchmarks.citation import experiment as citation
 from benchmarks.comparison import families, modes, warm
 from benchmarks.comparison import report as rules_report
-from benchmarks.harness import mean_std, read_json, require, table
-from benchmarks.hopfield import experiment as hopfield
+from benchmarks.harness.options import require
+from benchmarks.harness.results import read_json
+from benchmarks.harness.tables import mean_std, table
+from benchmarks.hopfield import report as hopfield
 from benchmarks.hyperopt import experiment as hyperopt
 from benchmarks.perturb import experiment as perturb
 
@@ -178,9 +180,9 @@ def hyperopt_tables() -> str:
             uses = ("training", "validation", "test")[:: 4 - len(sizes)]
             parts = (f"{n} {use}" for n, use in zip(sizes, uses, strict=True))
             facts += f" (mean ± standard deviation), {', '.join(parts)} digits"
-        ends = [room.differences(result)] if hasattr(room, "differences") else []
-        note = " ".join([room.NOTE, f"{facts}.", *ends, _where(result)])
-        made.append(f"{room.TITLE}:\n\n{table(room.rows(result))}\n\n{note}")
+        ends = [] if room.differences is None else [room.differences(result)]
+        note = " ".join([room.note, f"{facts}.", *ends, _where(result)])
+        made.append(f"{room.title}:\n\n{table(room.rows(result))}\n\n{note}")
     return "\n\n".join(made)
 
 
@@ -241,6 +243,8 @@ def render(text: str) -> str:
 @dataclasses.dataclass(frozen=True)
 class Readme:
     """Make the tables of README.md from the result files."""
+
+    name: ClassVar[str] = "readme"
 
     def run(self) -> None:
         """Rewrites README.md whole or not at all."""

@@ -1,35 +1,51 @@
-"""Gradients of recurrent computations without their history, as JAX transforms."""
+"""Gradients of recurrent computations without their history, as JAX transforms.
 
+The convergent regime is here: ``rbp_solve``, its forward solvers and backward rules.
+The rooms beside it, each a namespace of its own:
+
+* ``rbpjax.diagnostics``: can a fixed point be differentiated, and by which rule;
+* ``rbpjax.regularizers``: what keeps a network convergent while it is trained;
+* ``rbpjax.online``: streaming gradients, the influence carried forward;
+* ``rbpjax.perturb``: forward-only gradients, from perturbed passes;
+* ``rbpjax.unitary``: norm-preserving recurrence, its history recomputed;
+* ``rbpjax.nn``: flax nnx modules over all of them (needs ``pip install rbpjax[nn]``).
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from rbpjax import diagnostics, regularizers
 from rbpjax.bilevel import optimizer_step
-from rbpjax.diagnostics.diagnose import Diagnosis, diagnose
-from rbpjax.diagnostics.errors import gradient_error_bound, neumann_error_bound
-from rbpjax.diagnostics.spectrum import (
-    adjoint_residual,
-    jacobian_norm,
-    loop_cut_error,
-    spectral_radius,
-)
+from rbpjax.diagnostics.diagnose import diagnose
 from rbpjax.fixed_point.backward.adaptive import Adaptive
+from rbpjax.fixed_point.backward.bicgstab import BiCGSTAB
 from rbpjax.fixed_point.backward.cg import CG
-from rbpjax.fixed_point.backward.cg_normal import BiCGSTAB, CGNormal
+from rbpjax.fixed_point.backward.cg_normal import CGNormal
 from rbpjax.fixed_point.backward.direct import Direct
 from rbpjax.fixed_point.backward.gmres import GMRES
-from rbpjax.fixed_point.backward.neumann import RBP, Neumann
+from rbpjax.fixed_point.backward.neumann import Neumann
+from rbpjax.fixed_point.backward.rbp import RBP
 from rbpjax.fixed_point.forward.anderson import Anderson
 from rbpjax.fixed_point.forward.iteration import FixedPointIteration
 from rbpjax.fixed_point.forward.rre import RRE
 from rbpjax.fixed_point.newton import Newton
-from rbpjax.fixed_point.report import AdjointReport, value_and_grad
+from rbpjax.fixed_point.report import AdjointReport, value_and_grad_with_report
 from rbpjax.fixed_point.solve import rbp_jvp, rbp_solve, rbp_vjp
-from rbpjax.fixed_point.unroll import bptt, tbptt
-from rbpjax.regularizers import (
-    contraction_penalty,
-    jacobian_penalty,
-    spectral_normalize,
+from rbpjax.fixed_point.unroll import bptt
+from rbpjax.types import (
+    BackwardRule,
+    ForwardSolver,
+    Solution,
+    Solve,
+    Status,
+    StepFn,
 )
-from rbpjax.types import BackwardRule, ForwardSolver, Solution, StepFn
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from rbpjax import nn as nn
+    from rbpjax import online, perturb, unitary
+
+__version__ = "0.2.0"
 
 __all__ = [
     "CG",
@@ -42,29 +58,40 @@ __all__ = [
     "BackwardRule",
     "BiCGSTAB",
     "CGNormal",
-    "Diagnosis",
     "Direct",
     "FixedPointIteration",
     "ForwardSolver",
     "Neumann",
     "Newton",
     "Solution",
+    "Solve",
+    "Status",
     "StepFn",
-    "adjoint_residual",
     "bptt",
-    "contraction_penalty",
     "diagnose",
-    "gradient_error_bound",
-    "jacobian_norm",
-    "jacobian_penalty",
-    "loop_cut_error",
-    "neumann_error_bound",
+    "diagnostics",
+    "online",
     "optimizer_step",
+    "perturb",
     "rbp_jvp",
     "rbp_solve",
     "rbp_vjp",
-    "spectral_normalize",
-    "spectral_radius",
-    "tbptt",
-    "value_and_grad",
+    "regularizers",
+    "unitary",
+    "value_and_grad_with_report",
 ]
+
+_ON_FIRST_USE = frozenset({"nn", "online", "perturb", "unitary"})
+"""Rooms that import optax or flax, half a second and more: loaded when first named."""
+
+
+def __getattr__(name: str) -> object:
+    """Loads a room on its first use (PEP 562)."""
+    if name in _ON_FIRST_USE:
+        return importlib.import_module(f"rbpjax.{name}")
+    raise AttributeError(f"module 'rbpjax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """All public names, and the room that needs flax."""
+    return [*__all__, "nn"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def optimizer_step(
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
-      >>> from rbpjax import rbp_solve
+      >>> from rbpjax import optimizer_step, rbp_solve
       >>> loss = lambda p, x, w: 0.5 * jnp.sum((w - x) ** 2 + p["decay"] * w**2)
       >>> make = lambda p: optax.sgd(p["rate"], momentum=0.5)
       >>> f = optimizer_step(loss, make)
@@ -61,7 +61,7 @@ def optimizer_step(
       >>> x, w = jnp.array([2.0]), jnp.zeros(1)  # w* = x / (1 + decay)
       >>> trained = lambda p: rbp_solve(f)(p, x, (w, make(p).init(w))).value[0]
       >>> grads = jax.grad(lambda p: trained(p)[0])(p)
-      >>> round(float(grads["decay"]), 6), abs(round(float(grads["rate"]), 6))
+      >>> round(float(grads["decay"]), 3), abs(round(float(grads["rate"]), 3))
       (-0.5, 0.0)
 
     References:
@@ -70,7 +70,7 @@ def optimizer_step(
     """
     import optax  # half of a second, which ``import rbpjax`` need not take
 
-    def f(params: PyTree, inputs: PyTree, h: Any) -> Any:
+    def f(params: PyTree, inputs: PyTree, h: PyTree) -> PyTree:
         if not (isinstance(h, tuple) and len(h) == 2):
             raise ValueError(
                 "optimizer_step: `h` must be (weights, state), with state = "

@@ -18,13 +18,15 @@ from rbpjax._core import sharding, tree
 from rbpjax._core.step import close
 from rbpjax.types import LinearMap, PyTree, StepFn
 
+__all__ = ["contraction_penalty", "jacobian_penalty", "spectral_normalize"]
+
 
 def jacobian_penalty(
+    key: jax.Array | None,
     f: StepFn,
     params: PyTree,
     inputs: PyTree,
     h: PyTree,
-    key: jax.Array | None = None,
     *,
     num_probes: int = 1,
     probes: PyTree | None = None,
@@ -44,11 +46,11 @@ def jacobian_penalty(
     memory: the intermediate values of f for each probe.
 
     Args:
+      key: PRNG key of the probes, a new one each training step; None with ``probes``.
       f: step function ``f(params, inputs, h) -> h``.
       params: pytree.
       inputs: pytree.
       h: the state, usually the fixed point.
-      key: PRNG key of the probes; a new one each training step.
       num_probes: number of probes, at least 1.
       probes: the ε themselves instead of a key: a pytree like h with one more, leading,
         axis. Over √n times an orthonormal basis the mean is exact.
@@ -62,10 +64,12 @@ def jacobian_penalty(
 
     Example:
       >>> import jax, jax.numpy as jnp
+      >>> from rbpjax.regularizers import jacobian_penalty
       >>> w = jnp.array([[0.0, 3.0], [-1.0, 0.0]])
       >>> f = lambda w, x, h: w @ h + x
       >>> basis = 2**0.5 * jnp.eye(2)
-      >>> float(jacobian_penalty(f, w, jnp.ones(2), jnp.ones(2), probes=basis).round(9))
+      >>> one = jnp.ones(2)
+      >>> round(float(jacobian_penalty(None, f, w, one, one, probes=basis)), 3)
       5.0
 
     References:
@@ -74,7 +78,7 @@ def jacobian_penalty(
     """
     vjp, h = _vjp(f, params, inputs, h)
     if (key is None) == (probes is None):
-        raise ValueError("jacobian_penalty: give one of `key` and `probes`.")
+        raise ValueError("jacobian_penalty: give `key` or, with key=None, `probes`.")
     if key is not None:
         if num_probes < 1:
             raise ValueError(f"`num_probes` must be at least 1; got {num_probes}.")
@@ -129,9 +133,10 @@ def contraction_penalty(
 
     Example:
       >>> import jax.numpy as jnp
+      >>> from rbpjax.regularizers import contraction_penalty
       >>> w = jnp.array([[1.0, 0.2], [0.9, 0.3]])  # columns sum to 1.9 and 0.5
       >>> f = lambda w, x, h: w @ h + x
-      >>> float(contraction_penalty(f, w, jnp.ones(2), jnp.ones(2)).round(9))
+      >>> float(contraction_penalty(f, w, jnp.ones(2), jnp.ones(2)).round(3))
       0.5
 
     References:
@@ -186,6 +191,7 @@ def spectral_normalize(
 
     Example:
       >>> import jax.numpy as jnp
+      >>> from rbpjax.regularizers import spectral_normalize
       >>> kernel = jnp.array([[4.0, 0.0], [0.0, 1.0]])
       >>> spectral_normalize(kernel, 0.5).tolist()
       [[0.5, 0.0], [0.0, 0.125]]

@@ -1,4 +1,4 @@
-"""Words that every room shares: the step function, results, and strategies.
+"""Words that every room shares: the step function, results, and protocols.
 
 Legend used in all docstrings:
 
@@ -11,11 +11,14 @@ Legend used in all docstrings:
 
 from __future__ import annotations
 
-import dataclasses
+import enum
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
+
+if TYPE_CHECKING:
+    from rbpjax.fixed_point.report import AdjointReport
 
 PyTree = Any
 """Any nest of tuples, lists, dicts, … with arrays as leaves."""
@@ -27,25 +30,109 @@ LinearMap = Callable[[PyTree], PyTree]
 """A linear map from states to states, such as v ↦ Jᵀv."""
 
 
+class Status(enum.IntEnum):
+    """Why a solver stopped; ``Solution.status`` holds the number.
+
+    Only ``CONVERGED`` is 0, so that a sum of several is 0 if all converged.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rbpjax import FixedPointIteration, Status
+      >>> solution = FixedPointIteration(max_steps=5)(lambda h: -h, jnp.ones(2))
+      >>> Status(int(solution.status)).words
+      'out of budget: max_steps were taken before the tolerance was met'
+    """
+
+    CONVERGED = 0
+    OUT_OF_BUDGET = 1
+    STAGNATED = 2
+    NOT_FINITE = 3
+    ROUNDING = 4
+
+    @property
+    def words(self) -> str:
+        """The status as one line for a person."""
+        return _WORDS[self]
+
+
+_WORDS = {
+    Status.CONVERGED: "converged: the tolerance was met",
+    Status.OUT_OF_BUDGET: (
+        "out of budget: max_steps were taken before the tolerance was met"
+    ),
+    Status.STAGNATED: "stagnated: further steps made it no better, or worse",
+    Status.NOT_FINITE: "not finite: no finite residual was found",
+    Status.ROUNDING: (
+        "refused by rounding: the residual is small, but so large is the value that "
+        "rounding hides what is wrong; I - J is singular or nearly so"
+    ),
+}
+
+
 class Solution(NamedTuple):
     """What a solver returns: the value, and how good it is.
+
+    A solver or rule of your own may leave out what it does not know, but not whether it
+    converged: ``Solution(value=h, converged=done)``.
 
     Attributes:
       value: the state; same pytree as the start. The only differentiable field.
       num_steps: number of steps taken, an int32 scalar.
+      num_products: evaluations of f (for a fixed point), products with J or Jᵀ (for an
+        adjoint; Newton's solver has both), an int32 scalar. Those that measure the
+        residual are counted, though the compiler removes them where nobody reads it.
       residual: relative residual of ``value``, a float scalar. For a fixed point
         ‖f(h) - h‖ / max(‖h‖, ‖f(h)‖); for an adjoint ‖g + Jᵀz - z‖ / ‖g‖.
+      status: why the solver stopped, a ``Status`` as an int32 scalar.
       converged: whether the solver reached its tolerance, a bool scalar.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rbpjax import Anderson
+      >>> jnp.set_printoptions(precision=4, suppress=True)
+      >>> solution = Anderson()(lambda h: 0.5 * jnp.cos(h), jnp.ones(2))
+      >>> print(solution.converged, solution.value)
+      True [0.4502 0.4502]
     """
 
     value: PyTree
-    num_steps: jax.Array
-    residual: jax.Array
-    converged: jax.Array
+    # Python numbers may be given, and None by whoever leaves a field out; what a solve
+    # returns has arrays.
+    num_steps: jax.Array = None  # pyrefly: ignore[bad-assignment]
+    num_products: jax.Array = None  # pyrefly: ignore[bad-assignment]
+    residual: jax.Array = None  # pyrefly: ignore[bad-assignment]
+    status: jax.Array = None  # pyrefly: ignore[bad-assignment]
+    converged: jax.Array = None  # pyrefly: ignore[bad-assignment]
+
+
+class Solve(Protocol):
+    """What ``rbp_solve`` and ``bptt`` return: a differentiable solver."""
+
+    def __call__(
+        self,
+        params: PyTree,
+        inputs: PyTree,
+        h0: PyTree,
+        probe: AdjointReport | None = None,
+    ) -> Solution:
+        """Solves h* = f(params, inputs, h*) from ``h0``; see the function's maker."""
+        ...
 
 
 class ForwardSolver(Protocol):
-    """Finds h with h = step(h). Any callable with this signature is a solver."""
+    """Finds h with h = step(h). Any callable with this signature is a solver.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from rbpjax import Solution, rbp_solve
+      >>> def hundred_steps(step, h0):
+      ...     h = jax.lax.fori_loop(0, 100, lambda _, h: step(h), h0)
+      ...     return Solution(h, num_steps=100, converged=True)
+      >>> solve = rbp_solve(lambda a, x, h: a * h + x, forward=hundred_steps)
+      >>> grad = jax.grad(lambda a: solve(a, 1.0, jnp.zeros(())).value)(0.5)
+      >>> round(float(grad), 3)
+      4.0
+    """
 
     def __call__(self, step: Callable[[PyTree], PyTree], h0: PyTree, /) -> Solution:
         """Returns the fixed point found from ``h0``."""
@@ -56,55 +143,23 @@ class BackwardRule(Protocol):
     """Solves (I - Jᵀ) z = g, given v ↦ Jᵀv and g. Any such callable is a rule.
 
     J itself, where a rule needs it, is ``jax.linear_transpose(vjp, cotangent)``. A rule
-    that can be started from an earlier adjoint takes it as a third argument, which is
-    given only where there is one.
+    that can go on from an earlier adjoint takes it as the keyword ``start``, which is
+    given only where there is one; a rule without it works as well, without warm starts.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from rbpjax import Solution, rbp_solve
+      >>> def two_terms(vjp, cotangent):
+      ...     z = jax.tree.map(jnp.add, cotangent, vjp(cotangent))
+      ...     return Solution(z, num_steps=1, converged=False)
+      >>> solve = rbp_solve(lambda a, x, h: a * h + x, backward=two_terms)
+      >>> grad = jax.grad(lambda a: solve(a, 1.0, jnp.zeros(())).value)(0.5)
+      >>> round(float(grad), 3)  # h* (1 + a), where h* / (1 - a) is right
+      3.0
     """
 
-    def __call__(self, vjp: LinearMap, cotangent: PyTree, /) -> Solution:
+    def __call__(
+        self, vjp: LinearMap, cotangent: PyTree, /, *, start: PyTree | None = None
+    ) -> Solution:
         """Returns the adjoint z."""
         ...
-
-
-T = TypeVar("T")
-
-
-@dataclass_transform(frozen_default=True)
-def strategy(cls: type[T]) -> type[T]:
-    """Makes ``cls`` a frozen dataclass and a static pytree.
-
-    Instances compare and hash by value and print as they were written, so that they
-    can be closed over, passed through ``jax.jit`` or used as keys; equal instances
-    share one compilation. Their fields are Python numbers, never arrays: an array in
-    a static field would get gradient zero without a word, so ``__post_init__``
-    validates each field with the functions of this module.
-    """
-    return jax.tree_util.register_static(dataclasses.dataclass(frozen=True)(cls))
-
-
-def check_count(owner: object, name: str, value: object, minimum: int) -> None:
-    """Raises ValueError unless ``value`` is a Python int of at least ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(
-            f"{type(owner).__name__}: `{name}` must be a Python int of at least "
-            f"{minimum}; got {value!r}. Arrays and tracers cannot be static fields."
-        )
-
-
-def check_real(
-    owner: object,
-    name: str,
-    value: object,
-    minimum: float = 0.0,
-    below: float = float("inf"),
-) -> None:
-    """Raises ValueError unless ``value`` is a Python number in [minimum, below)."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not minimum <= value < below
-    ):
-        raise ValueError(
-            f"{type(owner).__name__}: `{name}` must be a Python number in "
-            f"[{minimum}, {below}); got {value!r}. "
-            "Arrays and tracers cannot be static fields."
-        )

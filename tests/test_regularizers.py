@@ -12,10 +12,10 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import rbpjax
-from tests.support.problems import PROBLEMS, dense_jacobian, fixed_point
+from tests.support.problems import PROBLEMS, dense_jacobian, fixed_point, rows
 
 KEY = jax.random.key(21)
-problems = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+problems = pytest.mark.parametrize("problem", rows(PROBLEMS, ("pytree", "hopfield")))
 
 
 def arguments(problem):
@@ -35,7 +35,9 @@ def jacobian(problem):
 def penalty_of(problem, probes):
     """The compiled penalty of one problem at its fixed point."""
     f, *args = arguments(problem)
-    compiled = jax.jit(lambda *a: rbpjax.jacobian_penalty(f, *a[:3], probes=a[3]))
+    compiled = jax.jit(
+        lambda *a: rbpjax.regularizers.jacobian_penalty(None, f, *a[:3], probes=a[3])
+    )
     return compiled(*args, probes)
 
 
@@ -82,8 +84,8 @@ def test_jacobian_penalty_is_unbiased(problem):
         jac = dense_jacobian(moved, h)
         return jnp.sum(jac**2) / len(jac)
 
-    estimate = lambda theta, key: rbpjax.jacobian_penalty(
-        f, unravel(theta), inputs, h, key, num_probes=2
+    estimate = lambda theta, key: rbpjax.regularizers.jacobian_penalty(
+        key, f, unravel(theta), inputs, h, num_probes=2
     )
 
     value, grad = jax.jit(jax.value_and_grad(exact))(flat)
@@ -106,8 +108,8 @@ def test_jacobian_penalty_draws_each_probe_anew():
     """Other keys, and more probes of one key, give other values; one key the same."""
     args = arguments(PROBLEMS["tanh_rnn"])
     penalty = jax.jit(
-        lambda key, num_probes=1: rbpjax.jacobian_penalty(
-            *args, key, num_probes=num_probes
+        lambda key, num_probes=1: rbpjax.regularizers.jacobian_penalty(
+            key, *args, num_probes=num_probes
         ),
         static_argnames="num_probes",
     )
@@ -123,8 +125,8 @@ def test_penalties_are_differentiable_in_params_inputs_and_state(problem):
     n = ravel_pytree(h)[0].size
     probes = stacked(jax.random.normal(KEY, (2, n)), h)
     both = lambda p, x, h: (
-        rbpjax.jacobian_penalty(f, p, x, h, probes=probes)
-        + rbpjax.contraction_penalty(f, p, x, h, bound=0.05)
+        rbpjax.regularizers.jacobian_penalty(None, f, p, x, h, probes=probes)
+        + rbpjax.regularizers.contraction_penalty(f, p, x, h, bound=0.05)
     )
     jax.test_util.check_grads(
         jax.jit(both), (params, inputs, h), 1, modes=("rev",), rtol=1e-5, atol=1e-7
@@ -141,7 +143,9 @@ def test_contraction_penalty_is_that_of_the_column_sums(problem, bound):
     f, *args = arguments(problem)
     jac = np.asarray(jacobian(problem))
     excess = np.maximum(jac.sum(axis=0) - bound, 0)
-    got = jax.jit(partial(rbpjax.contraction_penalty, f, bound=bound))(*args)
+    got = jax.jit(partial(rbpjax.regularizers.contraction_penalty, f, bound=bound))(
+        *args
+    )
     np.testing.assert_allclose(got, np.mean(excess**2), rtol=1e-12, atol=1e-15)
     if bound == 0:
         rows = np.maximum(jac.sum(axis=1), 0)
@@ -155,7 +159,9 @@ def test_contraction_penalty_bounds_nonnegative_jacobians():
     f = lambda w, x, h: w @ h + x
     for scale in (0.5, 0.99, 1.01, 2.0):
         jac = 0.9 * scale * w / w.sum(axis=0).max()
-        penalty = rbpjax.contraction_penalty(f, jac, jnp.ones(6), jnp.ones(6))
+        penalty = rbpjax.regularizers.contraction_penalty(
+            f, jac, jnp.ones(6), jnp.ones(6)
+        )
         assert (penalty == 0) == (scale < 1)
         if penalty == 0:
             assert jnp.abs(jnp.linalg.eigvals(jac)).max() <= 0.9
@@ -164,15 +170,21 @@ def test_contraction_penalty_bounds_nonnegative_jacobians():
 def test_contraction_penalty_is_blind_to_inhibition():
     """The documented limit: J = -2I diverges and costs nothing."""
     f = lambda w, x, h: w @ h + x
-    got = rbpjax.contraction_penalty(f, -2 * jnp.eye(3), jnp.ones(3), jnp.ones(3))
+    got = rbpjax.regularizers.contraction_penalty(
+        f, -2 * jnp.eye(3), jnp.ones(3), jnp.ones(3)
+    )
     assert got == 0
-    noisy = rbpjax.jacobian_penalty(f, -2 * jnp.eye(3), jnp.ones(3), jnp.ones(3), KEY)
+    noisy = rbpjax.regularizers.jacobian_penalty(
+        KEY, f, -2 * jnp.eye(3), jnp.ones(3), jnp.ones(3)
+    )
     assert noisy > 0.1
 
 
 # --- spectral_normalize --------------------------------------------------------------
 
-SHAPES = pytest.mark.parametrize("shape", [(7, 7), (4, 9), (9, 4), (3, 3, 5, 6)])
+SHAPES = pytest.mark.parametrize(
+    "shape", rows([(7, 7), (4, 9), (9, 4), (3, 3, 5, 6)], [(4, 9), (3, 3, 5, 6)])
+)
 
 
 def sigma_of(kernel):
@@ -186,7 +198,7 @@ def test_spectral_normalize_brings_sigma_to_the_target(shape, target):
     """Against SVD, for square, wide, tall and convolution kernels: σ is the target."""
     kernel = jax.random.normal(KEY, shape)
     assert sigma_of(kernel) > 1.5
-    got = rbpjax.spectral_normalize(kernel, target)
+    got = rbpjax.regularizers.spectral_normalize(kernel, target)
     np.testing.assert_allclose(sigma_of(got), target, rtol=1e-12)
     # It is a multiple of the kernel, and nothing else.
     np.testing.assert_allclose(got, kernel * (target / sigma_of(kernel)), rtol=1e-12)
@@ -197,7 +209,9 @@ def test_spectral_normalize_brings_sigma_to_the_target(shape, target):
 def test_spectral_normalize_leaves_small_kernels_alone(shape, num_steps):
     """σ ≤ target: the same bits, and an identity for gradients; zero kernels too."""
     kernel = 0.01 * jax.random.normal(KEY, shape)
-    normalize = partial(rbpjax.spectral_normalize, target=0.9, num_steps=num_steps)
+    normalize = partial(
+        rbpjax.regularizers.spectral_normalize, target=0.9, num_steps=num_steps
+    )
     assert jnp.array_equal(normalize(kernel), kernel)
     cotangent = jax.random.normal(jax.random.key(3), shape)
     pulled = jax.vjp(normalize, kernel)[1](cotangent)[0]
@@ -211,10 +225,10 @@ def test_spectral_normalize_leaves_small_kernels_alone(shape, num_steps):
 def test_spectral_normalize_is_differentiable(shape):
     """Against finite differences, through σ too; and by the power method the same."""
     kernel = jax.random.normal(KEY, shape)
-    exact = lambda k: rbpjax.spectral_normalize(k, 0.9)
+    exact = lambda k: rbpjax.regularizers.spectral_normalize(k, 0.9)
     jax.test_util.check_grads(exact, (kernel,), 1, rtol=1e-5, atol=1e-6)
     # σ₂/σ₁ < 0.97 here: 1000 steps leave 0.97^2000, far below rounding.
-    power = lambda k: rbpjax.spectral_normalize(k, 0.9, num_steps=1000)
+    power = lambda k: rbpjax.regularizers.spectral_normalize(k, 0.9, num_steps=1000)
     cotangent = jax.random.normal(jax.random.key(3), shape)
     pull = lambda f: jax.vjp(f, kernel)[1](cotangent)[0]
     np.testing.assert_allclose(pull(power), pull(exact), rtol=1e-8, atol=1e-10)
@@ -226,7 +240,9 @@ def test_spectral_normalize_is_differentiable(shape):
 def test_spectral_normalize_of_an_orthogonal_kernel():
     """All singular values equal, a pole of a decomposition's derivative: finite."""
     kernel = 2 * jnp.linalg.qr(jax.random.normal(KEY, (5, 5)))[0]
-    got, pull = jax.vjp(lambda k: rbpjax.spectral_normalize(k, 0.9), kernel)
+    got, pull = jax.vjp(
+        lambda k: rbpjax.regularizers.spectral_normalize(k, 0.9), kernel
+    )
     np.testing.assert_allclose(got @ got.T, 0.81 * np.eye(5), atol=1e-12)
     assert jnp.isfinite(pull(jnp.ones((5, 5)))[0]).all()
 
@@ -235,7 +251,7 @@ def test_power_method_approaches_sigma_from_below():
     """With more steps σ rises to the exact one, and the kernel falls to the target."""
     kernel = jax.random.normal(KEY, (30, 20))
     sizes = [
-        sigma_of(rbpjax.spectral_normalize(kernel, 0.9, num_steps=k))
+        sigma_of(rbpjax.regularizers.spectral_normalize(kernel, 0.9, num_steps=k))
         for k in (1, 3, 10, 300)
     ]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > 0.93
@@ -253,7 +269,7 @@ def test_convolution_norm_is_bounded_by_root_taps(padding):
             image = jnp.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="wrap")
         out = jax.lax.conv_general_dilated(
             image,
-            rbpjax.spectral_normalize(kernel, 0.9 / 3),
+            rbpjax.regularizers.spectral_normalize(kernel, 0.9 / 3),
             (1, 1),
             "VALID" if padding == "circular" else "SAME",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -268,7 +284,7 @@ def test_convolution_norm_is_bounded_by_root_taps(padding):
 def test_spectral_normalize_keeps_the_dtype(dtype):
     """A half-precision kernel stays one, at the target to its own precision."""
     kernel = jax.random.normal(KEY, (8, 8)).astype(dtype)
-    got = rbpjax.spectral_normalize(kernel, 0.9)
+    got = rbpjax.regularizers.spectral_normalize(kernel, 0.9)
     assert got.dtype == dtype
     eps = float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(sigma_of(got.astype(jnp.float64)), 0.9, rtol=4 * eps)
@@ -282,46 +298,58 @@ LINEAR = (lambda w, x, h: w @ h + x, jnp.eye(2), jnp.ones(2), jnp.ones(2))
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: rbpjax.jacobian_penalty(*LINEAR), "one of `key` and `probes`"),
         (
-            lambda: rbpjax.jacobian_penalty(*LINEAR, KEY, probes=jnp.ones((1, 2))),
-            "one of `key` and `probes`",
+            lambda: rbpjax.regularizers.jacobian_penalty(None, *LINEAR),
+            "give `key` or, with key=None, `probes`",
         ),
         (
-            lambda: rbpjax.jacobian_penalty(*LINEAR, probes=jnp.ones((2, 3))),
+            lambda: rbpjax.regularizers.jacobian_penalty(
+                KEY, *LINEAR, probes=jnp.ones((1, 2))
+            ),
+            "give `key` or, with key=None, `probes`",
+        ),
+        (
+            lambda: rbpjax.regularizers.jacobian_penalty(
+                None, *LINEAR, probes=jnp.ones((2, 3))
+            ),
             r"`probes` must be like `h`.*\(2, 3\).*\(2,\)",
         ),
         (
-            lambda: rbpjax.jacobian_penalty(*LINEAR, KEY, num_probes=0),
+            lambda: rbpjax.regularizers.jacobian_penalty(KEY, *LINEAR, num_probes=0),
             "`num_probes` must be at least 1; got 0",
         ),
         (
-            lambda: rbpjax.contraction_penalty(*LINEAR, bound=-0.1),
+            lambda: rbpjax.regularizers.contraction_penalty(*LINEAR, bound=-0.1),
             "`bound` must not be negative; got -0.1",
         ),
         (
-            lambda: rbpjax.contraction_penalty(
+            lambda: rbpjax.regularizers.contraction_penalty(
                 lambda w, x, h: h, None, None, jnp.ones(2, complex)
             ),
             "`h` must be real",
         ),
         (
-            lambda: rbpjax.contraction_penalty(
+            lambda: rbpjax.regularizers.contraction_penalty(
                 lambda w, x, h: h[:1], None, None, jnp.ones(2)
             ),
             "`f`'s output must have the structure",
         ),
-        (lambda: rbpjax.spectral_normalize(jnp.ones(3), 0.9), "at least two axes"),
         (
-            lambda: rbpjax.spectral_normalize(jnp.ones((3, 3), int), 0.9),
+            lambda: rbpjax.regularizers.spectral_normalize(jnp.ones(3), 0.9),
+            "at least two axes",
+        ),
+        (
+            lambda: rbpjax.regularizers.spectral_normalize(jnp.ones((3, 3), int), 0.9),
             "floating-point array.*int64",
         ),
         (
-            lambda: rbpjax.spectral_normalize(jnp.eye(3), 0.0),
+            lambda: rbpjax.regularizers.spectral_normalize(jnp.eye(3), 0.0),
             "`target` must be positive; got 0.0",
         ),
         (
-            lambda: rbpjax.spectral_normalize(jnp.eye(3), 0.9, num_steps=0),
+            lambda: rbpjax.regularizers.spectral_normalize(
+                jnp.eye(3), 0.9, num_steps=0
+            ),
             "`num_steps` must be at least 1; got 0",
         ),
     ],
@@ -355,10 +383,10 @@ def radius(w, h):
 
 REGULARIZERS = {
     "jacobian_penalty": lambda w, h, key: (
-        12 * rbpjax.jacobian_penalty(amplifier, w, X, h, key, num_probes=4)
+        12 * rbpjax.regularizers.jacobian_penalty(key, amplifier, w, X, h, num_probes=4)
     ),
     "contraction_penalty": lambda w, h, key: (
-        100 * rbpjax.contraction_penalty(amplifier, w, X, h, bound=0.7)
+        100 * rbpjax.regularizers.contraction_penalty(amplifier, w, X, h, bound=0.7)
     ),
     "spectral_normalize": lambda w, h, key: 0.0,
 }
@@ -369,7 +397,7 @@ def training(name):
     """``run(w, steps) -> (w, losses, radii, converged)`` with a regularizer or none."""
     penalty = REGULARIZERS.get(name, lambda w, h, key: 0.0)
     used = (
-        partial(rbpjax.spectral_normalize, target=0.9)
+        partial(rbpjax.regularizers.spectral_normalize, target=0.9)
         if name == "spectral_normalize"
         else lambda w: w
     )
@@ -449,7 +477,9 @@ def test_penalties_leave_the_solve_out_where_told():
     solve = rbpjax.rbp_solve(amplifier)
     h = jax.jit(lambda w: solve(w, X, jnp.zeros((BATCH, N))).value)
     penalty = jax.jit(
-        lambda w, h: rbpjax.contraction_penalty(amplifier, w, X, h, bound=0.1)
+        lambda w, h: rbpjax.regularizers.contraction_penalty(
+            amplifier, w, X, h, bound=0.1
+        )
     )
     cut = jax.grad(lambda w: penalty(w, jax.lax.stop_gradient(h(w))))(w)
     whole = jax.grad(lambda w: penalty(w, h(w)))(w)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.citation.training import Task, Trainer
-from benchmarks.harness import interleaved_times, spread
+from benchmarks.harness.measurement import interleaved_times, spread
 
 ROUNDS = (100, 300, 1000, 3000, 10000)
 REPETITIONS = 7

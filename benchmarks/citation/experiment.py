@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
@@ -28,16 +28,11 @@ from benchmarks.citation.networks import (
 )
 from benchmarks.citation.training import Task, Trainer, random_split, standard_split
 from benchmarks.data.planetoid import NPZ, Planetoid, planetoid
-from benchmarks.harness import (
-    Checkpoint,
-    environment,
-    mean_std,
-    read_json,
-    require,
-    say,
-    table,
-    write_json,
-)
+from benchmarks.harness.checkpoints import Checkpoints
+from benchmarks.harness.options import Count, OneOf, Positive, Seeds, require
+from benchmarks.harness.progress import say
+from benchmarks.harness.results import read_json, record, write_json
+from benchmarks.harness.tables import mean_std, table
 from rbpjax import RBP, Adaptive, CGNormal, FixedPointIteration, Neumann
 
 MODELS = {"convergent": Convergent, "paper": Paper}
@@ -76,7 +71,7 @@ METHODS: dict[str, Callable[[Citation], Solve]] = {
         o, RBP(FixedPointIteration(steps=o.truncation), seed=1234)
     ),
     "one-step": lambda o: _implicit(o, Neumann(steps=0)),
-    "tbptt": lambda o: rbpjax.tbptt(step, o.num_steps, o.truncation),
+    "tbptt": lambda o: rbpjax.bptt(step, o.num_steps, truncation=o.truncation),
     "bptt": lambda o: rbpjax.bptt(step, o.num_steps),
 }
 TITLES = {
@@ -97,23 +92,25 @@ SPLITS = {"standard": standard_split, "random": random_split}
 class Citation:
     """Train a recurrent graph network on a citation graph."""
 
-    dataset: str = "cora"
+    name: ClassVar[str] = "citation"
+
+    dataset: Annotated[str, OneOf(NPZ)] = "cora"
     """cora, citeseer or pubmed (downloaded, or in RBPJAX_DATA)."""
-    model: str = "convergent"
+    model: Annotated[str, OneOf(MODELS)] = "convergent"
     """convergent: at a fixed point by construction; paper: the GRU network."""
-    methods: tuple[str, ...] | None = None
+    methods: Annotated[tuple[str, ...], OneOf(METHODS)] | None = None
     """Any of adaptive, neumann, cg, rbp, one-step, tbptt, bptt."""
-    splits: tuple[str, ...] | None = None
+    splits: Annotated[tuple[str, ...], OneOf(SPLITS)] | None = None
     """standard, random (1 % / 49 % / 50 %, another one for every seed), or both."""
-    epochs: int | None = None
+    epochs: Count | None = None
     """Training steps, each on the whole graph."""
-    learning_rate: float | None = None
+    learning_rate: Positive | None = None
     """Adam's step size, or that of SGD with momentum for the paper's network."""
-    num_steps: int = 100
+    num_steps: Count = 100
     """Rounds of messages of BPTT, TBPTT and the paper's network."""
-    truncation: int = 5
+    truncation: Count = 5
     """Steps of TBPTT and RBP; of CG and Neumann too in the paper's network."""
-    seeds: tuple[int, ...] = tuple(range(10))
+    seeds: Seeds = tuple(range(10))
     """Seeds of weights, dropout and random splits."""
     costs: bool = True
     """Also measure time and memory of one training step against the rounds."""
@@ -132,26 +129,19 @@ class Citation:
             )
             require(options.costs, "nothing to do: no features, and --no-costs")
         kept = dataclasses.asdict(dataclasses.replace(options, fresh=False))
-        checkpoint = Checkpoint("citation", kept, options.fresh)
+        checkpoints = Checkpoints("citation", kept, options.fresh)
         name = result_name(options)
         task = make_task(options, graph)
-        result: dict[str, Any] = {
-            "experiment": name,
-            "command": f"python -m benchmarks citation --dataset {options.dataset}"
-            f" --model {options.model}",
-            "options": kept,
-            "environment": environment(),
-            "nodes": len(graph.labels),
-            "edges": len(graph.edges),
-            "splits": {},
-        }
+        command = f"citation --dataset {options.dataset} --model {options.model}"
+        size = {"nodes": len(graph.labels), "edges": len(graph.edges)}
+        result = record(name, command, kept, **size, splits={})
         for split in options.splits if accuracy else ():
-            result["splits"][split] = run_split(options, task, split, checkpoint)
+            result["splits"][split] = run_split(options, task, split, checkpoints)
         if options.costs:
             solves = {m: METHODS[m] for m in options.methods}
             result["costs"] = citation_costs.measure(options, task, solves)
         path = write_json(name, result)
-        checkpoint.clear()
+        checkpoints.clear()
         result = read_json(name)
         for split in result["splits"]:
             say(f"{split} split:")
@@ -165,12 +155,7 @@ class Citation:
 
 
 def resolve(options: Citation) -> Citation:
-    """The options with the model's defaults; UsageError if they make no sense."""
-    known = lambda name, value, of: require(
-        value in of, f"unknown {name} {value!r}; choose from {', '.join(of)}"
-    )
-    known("dataset", options.dataset, NPZ)
-    known("model", options.model, MODELS)
+    """The options with the model's defaults; UsageError if two of them do not fit."""
     default = DEFAULTS[options.model] | {
         "splits": ("standard", "random")
         if options.model == "convergent"
@@ -178,33 +163,16 @@ def resolve(options: Citation) -> Citation:
     }
     given = {k: v for k, v in dataclasses.asdict(options).items() if v is not None}
     options = dataclasses.replace(options, **(default | given))
-    require(bool(options.methods), f"no methods; choose from {', '.join(METHODS)}")
-    for name in options.methods:
-        known("method", name, METHODS)
-    for name in options.splits:
-        known("split", name, SPLITS)
     every = EVERY[options.model]
     require(
-        options.epochs >= every and options.epochs % every == 0,
-        f"epochs must be a multiple of {every}, the steps between two looks at the "
+        options.epochs % every == 0,
+        f"--epochs: a multiple of {every}, the steps between two looks at the "
         f"validation nodes; got {options.epochs}",
     )
-    for name in ("num_steps", "truncation"):
-        value = getattr(options, name)
-        require(value >= 1, f"{name} must be at least 1; got {value}")
     require(
         options.truncation <= options.num_steps,
-        f"truncation {options.truncation} is beyond the {options.num_steps} rounds; "
+        f"--truncation: {options.truncation} is beyond the {options.num_steps} rounds; "
         "lower --truncation or raise --num-steps",
-    )
-    require(
-        options.learning_rate > 0,
-        f"learning_rate must be positive; got {options.learning_rate}",
-    )
-    require(
-        len(set(options.seeds)) == len(options.seeds) > 0 and min(options.seeds) >= 0,
-        "seeds must be one or more different numbers, none negative; got "
-        f"{list(options.seeds)}",
     )
     return options
 
@@ -241,7 +209,7 @@ def _implicit(options: Citation, rule: rbpjax.BackwardRule) -> Solve:
 
 
 def run_split(
-    options: Citation, task: Task, split: str, checkpoint: Checkpoint
+    options: Citation, task: Task, split: str, checkpoints: Checkpoints
 ) -> dict[str, Any]:
     """All methods and baselines on one kind of split."""
     parts = {seed: SPLITS[split](task.graph, seed) for seed in options.seeds}
@@ -251,7 +219,7 @@ def run_split(
         runs = []
         for seed in options.seeds:
             label = f"{split}-{name}-{seed}"
-            runs.append(trainer.train(parts[seed], seed, checkpoint, label))
+            runs.append(trainer.train(parts[seed], seed, checkpoints, label))
         result["methods"][name] = {k: [r[k] for r in runs] for k in runs[0]}
         accuracy = mean_std(result["methods"][name]["test_accuracy"])
         say(f"{split} split, {TITLES[name]}: test accuracy {accuracy}")

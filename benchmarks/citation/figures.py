@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import figure, save_figure
+from benchmarks.harness.figures import figure, save_figure
 
 
 def draw(result: dict[str, Any], titles: Mapping[str, str]) -> Path:

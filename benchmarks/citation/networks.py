@@ -14,7 +14,7 @@ from jax.experimental import sparse
 
 import rbpjax
 from benchmarks.data.planetoid import Planetoid
-from benchmarks.harness import require
+from benchmarks.harness.options import require
 from rbpjax.nn import Graph, GraphCell, normalized_adjacency
 
 Solve = Callable[..., rbpjax.Solution]

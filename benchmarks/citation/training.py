@@ -16,7 +16,8 @@ from flax import nnx
 import rbpjax
 from benchmarks.citation.networks import Solve, step
 from benchmarks.data.planetoid import Planetoid
-from benchmarks.harness import Checkpoint, progress
+from benchmarks.harness.checkpoints import Checkpoints
+from benchmarks.harness.training import train
 
 SAVES = 5  # checkpoints of one run
 
@@ -138,11 +139,11 @@ class Trainer:
 
     def _measure(self, params: Any, train: jax.Array) -> dict[str, jax.Array]:
         """Residuals and ρ(J) of one network."""
-        probed = rbpjax.value_and_grad(self.loss, has_aux=True)
+        probed = rbpjax.value_and_grad_with_report(self.loss, has_aux=True)
         (_, (problem, solution)), _, report = probed(params, train)
         cell, inputs, _ = problem
-        radius = rbpjax.spectral_radius(
-            step, cell, inputs, solution.value, jax.random.key(0)
+        radius = rbpjax.diagnostics.spectral_radius(
+            jax.random.key(0), step, cell, inputs, solution.value
         )
         # BPTT and TBPTT solve no adjoint.
         adjoint = lambda x: jnp.where(report.cotangent_norm > 0, x, jnp.nan)
@@ -156,28 +157,28 @@ class Trainer:
         }
 
     def train(
-        self, split: tuple, seed: int, checkpoint: Checkpoint, name: str
+        self, split: tuple, seed: int, checkpoints: Checkpoints, name: str
     ) -> dict[str, float]:
-        """Trains, from where ``name`` of the checkpoint ended; the measures at the end.
+        """Trains from where ``name`` was saved last, and measures at the end.
 
         Accuracies and residuals are those of the best network on the validation nodes
         (ties by their loss).
         """
         split = tuple(map(jnp.asarray, split))
         given = split, jax.random.key(seed + 1)
-        fresh, treedef = jax.tree.flatten((self.init(seed), jnp.zeros(())))
         looks = self.task.epochs // self.task.every
-        done, leaves = checkpoint.restore(name, fresh)
-        carry, seconds = jax.tree.unflatten(treedef, leaves)
         size = -(-looks // SAVES)  # all blocks but the last alike: one compilation
-        ends = list(range(done + size, looks, size)) + [looks] * (done < looks)
-        for end in progress(ends, SAVES, name, SAVES - len(ends)):
+
+        def block(state: tuple, i: int) -> tuple:
+            carry, seconds = state
             start = time.perf_counter()
-            first = jnp.int32(done * self.task.every)
-            carry = self.block(carry, first, given, end - done)
+            first = jnp.int32(i * size * self.task.every)
+            carry = self.block(carry, first, given, min(size, looks - i * size))
             jax.block_until_ready(carry)
-            seconds, done = seconds + time.perf_counter() - start, end
-            checkpoint.save(name, done, jax.tree.leaves((carry, seconds)))
+            return carry, seconds + time.perf_counter() - start
+
+        fresh = self.init(seed), jnp.zeros(())
+        carry, seconds = train(checkpoints, name, fresh, block, -(-looks // size))
         best = carry[2]
         result = best["seen"] | self.measure(best["params"], split[0])
         return {k: float(v) for k, v in (result | {"seconds": seconds}).items()}

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,9 @@ from jax import lax
 import rbpjax
 from benchmarks.comparison.peers import RULES
 from benchmarks.comparison.problems import PROBLEMS, Problem, rnn
-from benchmarks.harness import interleaved_times, progress, spread, temporary_bytes
-
-if TYPE_CHECKING:
-    from benchmarks.comparison.rules import Rules
+from benchmarks.comparison.products import count_products
+from benchmarks.harness.measurement import interleaved_times, spread, temporary_bytes
+from benchmarks.harness.progress import progress
 
 TRUNCATIONS = (10, 50, 100)
 LENGTHS = (50, 500, 5000)
@@ -29,18 +28,18 @@ LIMIT_TOL = 1e-4
 COUNTED = ("Neumann", "Adaptive", "BiCGSTAB", "CG", "CGNormal")
 
 
-def truncation(options: Rules) -> dict[str, Any]:
+def truncation(repetitions: int) -> dict[str, Any]:
     """Neumann(K) against TBPTT(K + 1), after the same forward pass: time and bytes."""
     problem, result = rnn(0.9), {}
     for k in TRUNCATIONS:
         solvers = {
-            "tbptt": rbpjax.tbptt(problem.f, STEPS, k + 1),
+            "tbptt": rbpjax.bptt(problem.f, STEPS, truncation=k + 1),
             "neumann": _neumann(problem, STEPS, k),
         }
         functions = {n: _gradient(problem, solve) for n, solve in solvers.items()}
         args = (problem.params, problem.inputs)
         calls = {n: partial(jax.jit(f), *args) for n, f in functions.items()}
-        times = interleaved_times(calls, options.repetitions)
+        times = interleaved_times(calls, repetitions)
         ratio = np.array(times["neumann"]) / np.array(times["tbptt"])
         result[str(k)] = {
             "seconds": {n: spread(t) for n, t in times.items()},
@@ -50,7 +49,7 @@ def truncation(options: Rules) -> dict[str, Any]:
     return result
 
 
-def memory(_: Rules) -> dict[str, Any]:
+def memory(_: int) -> dict[str, Any]:
     """Temporary bytes of the gradient against steps, 256 units, one example and 128."""
     return {str(batch): _memory(rnn(0.9, batch)) for batch in (1, 128)}
 
@@ -59,7 +58,7 @@ def _memory(problem: Problem) -> dict[str, dict[str, int]]:
     made = {
         "BPTT": lambda t: rbpjax.bptt(problem.f, t),
         "BPTT, remat": lambda t: rbpjax.bptt(problem.f, t, remat=True),
-        "TBPTT, half": lambda t: rbpjax.tbptt(problem.f, t, t // 2),
+        "TBPTT, half": lambda t: rbpjax.bptt(problem.f, t, truncation=t // 2),
         "Neumann": lambda t: _neumann(problem, t, t),
         "Adaptive": lambda t: _solver(problem, t, rbpjax.Adaptive()),
     }
@@ -68,7 +67,7 @@ def _memory(problem: Problem) -> dict[str, dict[str, int]]:
     return {n: {str(t): size(make(t)) for t in LENGTHS} for n, make in made.items()}
 
 
-def overhead(options: Rules) -> dict[str, Any]:
+def overhead(repetitions: int) -> dict[str, Any]:
     """Time of the backward solve ÷ (its products × one product in a bare loop)."""
     problem, result = rnn(0.9), {}
     args = (problem.params, problem.inputs)
@@ -91,13 +90,13 @@ def overhead(options: Rules) -> dict[str, Any]:
             n: partial(jax.jit(partial(products, s)), problem.params, h, g)
             for n, s in (("rule", solve), ("bare", bare))
         }
-        times = interleaved_times(calls, options.repetitions)
+        times = interleaved_times(calls, repetitions)
         ratio = np.array(times["rule"]) / np.array(times["bare"])
         result[name] = {"products": count, "ratio": spread(ratio.tolist())}
     return result
 
 
-def limit(_: Rules) -> dict[str, Any]:
+def limit(_: int) -> dict[str, Any]:
     """Products with Jᵀ (or J) to a residual of 1e-4, and the fewest there can be.
 
     Whatever makes its iterate of products with Jᵀ alone has a residual p(Jᵀ)g with
@@ -112,7 +111,7 @@ def limit(_: Rules) -> dict[str, Any]:
 
 def _products(problem: Problem) -> dict[str, int | None]:
     args = (problem.params, problem.inputs)
-    forward = rbpjax.FixedPointIteration(problem.budget, 1e-6)
+    forward = rbpjax.FixedPointIteration(max_steps=problem.budget, tol=1e-6)
     h = rbpjax.rbp_solve(problem.f, forward=forward)(*args, problem.h0).value
     g, step = jax.grad(problem.loss)(h), partial(problem.f, *args)
 
@@ -124,7 +123,9 @@ def _products(problem: Problem) -> dict[str, int | None]:
         return bool(solution.converged), int(solution.num_steps)
 
     restart = min(h.size, 500 if h.size < 10_000 else 100)
-    reached, fewest = converged(rbpjax.GMRES(restart, LIMIT_TOL, restart))
+    reached, fewest = converged(
+        rbpjax.GMRES(tol=LIMIT_TOL, max_steps=restart, restart=restart)
+    )
     result = {"fewest": fewest if reached else None}
     for name in COUNTED:
         rule = RULES[name](LIMIT_TOL, problem.budget)
@@ -133,7 +134,7 @@ def _products(problem: Problem) -> dict[str, int | None]:
     return result
 
 
-def imports(options: Rules) -> dict[str, Any]:
+def imports(repetitions: int) -> dict[str, Any]:
     """Seconds that ``import rbpjax`` takes above ``import jax``, in fresh processes."""
 
     def seconds(module: str) -> float:
@@ -142,7 +143,7 @@ def imports(options: Rules) -> dict[str, Any]:
         return time.perf_counter() - start
 
     seconds("rbpjax")  # compiled files, and the disk's cache
-    pairs = [(seconds("jax"), seconds("rbpjax")) for _ in range(options.repetitions)]
+    pairs = [(seconds("jax"), seconds("rbpjax")) for _ in range(repetitions)]
     jax_s, ours = np.array(pairs).T
     return {"jax": spread(jax_s), "above": spread(ours - jax_s)}
 
@@ -154,41 +155,6 @@ PARTS = {
     "limit": limit,
     "imports": imports,
 }
-
-
-def count_products(
-    rule: rbpjax.BackwardRule, step: Any, h: jax.Array, g: jax.Array
-) -> tuple[int, int]:
-    """Products with J or Jᵀ that the rule executes, by a call from each; its steps."""
-    calls: list[int] = []
-
-    def note(v: np.ndarray) -> np.ndarray:
-        calls.append(1)
-        return np.zeros_like(v)
-
-    def noted(product: Any, v: jax.Array) -> jax.Array:
-        # A pure callback, which goes when nobody reads the product.
-        entry = v.ravel()[0]
-        kind = jax.ShapeDtypeStruct(entry.shape, entry.dtype)
-        return product(v) + jax.pure_callback(note, kind, entry)
-
-    # The linearization is an argument: as a constant it would keep the compiler busy.
-    @jax.jit
-    def solve(vjp: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-        transposed = lambda v: vjp(v)[0]
-        product = lambda v: jax.linear_transpose(transposed, g)(v)[0]
-        linear = partial(
-            jax.custom_derivatives.linear_call,
-            lambda _, v: noted(transposed, v),
-            lambda _, v: noted(product, v),
-            (),
-        )
-        # Value and steps alone: the product for the residual is for its readers.
-        return rule(linear, g)[:2]
-
-    solution = solve(jax.vjp(step, h)[1], g)
-    jax.block_until_ready(solution)
-    return len(calls), int(solution[1])
 
 
 def _solver(problem: Problem, steps: int, rule: rbpjax.BackwardRule) -> Any:

@@ -12,23 +12,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import rbpjax
-from benchmarks.comparison.families import FAMILIES
-from benchmarks.harness import (
-    Checkpoint,
-    environment,
-    progress,
-    require,
-    say,
-    table,
-    write_json,
-)
+from benchmarks.comparison.jacobians import FAMILIES
+from benchmarks.harness.checkpoints import Checkpoints
+from benchmarks.harness.options import Count, Natural
+from benchmarks.harness.progress import say
+from benchmarks.harness.results import record, write_json
+from benchmarks.harness.tables import table
+from benchmarks.harness.training import train
 
 Random = np.random.Generator
 Rule = rbpjax.BackwardRule
@@ -43,7 +40,7 @@ TOLERANCES = {
 
 # Budgets are small, so that some problems are out of reach, and must be reported so.
 RULES: dict[str, Callable[[Random, float | None], Rule]] = {
-    "Adaptive": lambda _, tol: rbpjax.Adaptive(tol, 400),
+    "Adaptive": lambda _, tol: rbpjax.Adaptive(tol=tol, max_steps=400),
     "Neumann": lambda _, tol: rbpjax.Neumann(tol=tol, max_steps=300),
     "Neumann, damped": lambda random, tol: rbpjax.Neumann(
         tol=tol,
@@ -51,18 +48,21 @@ RULES: dict[str, Callable[[Random, float | None], Rule]] = {
         damping=float(random.uniform(0.1, 0.8)),
         check_every=int(random.integers(1, 5)),
     ),
-    "Neumann(K)": lambda random, _: rbpjax.Neumann(int(random.integers(0, 200))),
-    "CGNormal": lambda _, tol: rbpjax.CGNormal(200, tol),
-    "BiCGSTAB": lambda _, tol: rbpjax.BiCGSTAB(200, tol),
-    "GMRES": lambda random, tol: rbpjax.GMRES(200, tol, int(random.integers(1, 20))),
+    "Neumann(K)": lambda random, _: rbpjax.Neumann(steps=int(random.integers(0, 200))),
+    "CGNormal": lambda _, tol: rbpjax.CGNormal(tol=tol, max_steps=200),
+    "BiCGSTAB": lambda _, tol: rbpjax.BiCGSTAB(tol=tol, max_steps=200),
+    "GMRES": lambda random, tol: rbpjax.GMRES(
+        tol=tol, max_steps=200, restart=int(random.integers(1, 20))
+    ),
     "RBP": lambda random, tol: rbpjax.RBP(
-        rbpjax.FixedPointIteration(300, tol), [None, 0][random.integers(2)]
+        rbpjax.FixedPointIteration(tol=tol, max_steps=300),
+        seed=[None, 0][random.integers(2)],
     ),
     "RBP(Anderson)": lambda random, tol: rbpjax.RBP(
-        rbpjax.Anderson(int(random.integers(1, 8)), 200, tol)
+        rbpjax.Anderson(tol=tol, max_steps=200, memory=int(random.integers(1, 8)))
     ),
     "RBP(RRE)": lambda random, tol: rbpjax.RBP(
-        rbpjax.RRE(int(random.integers(1, 8)), 200, tol)
+        rbpjax.RRE(tol=tol, max_steps=200, memory=int(random.integers(1, 8)))
     ),
     "Direct": lambda _, tol: rbpjax.Direct(tol=tol),
 }
@@ -70,7 +70,12 @@ RULES: dict[str, Callable[[Random, float | None], Rule]] = {
 
 def at_fixed_point(step: Callable, h0: Any) -> rbpjax.Solution:
     """The forward solver: h0 is the fixed point already."""
-    return rbpjax.Solution(h0, jnp.int32(0), jnp.float32(0), jnp.bool_(True))
+    return rbpjax.Solution(
+        value=h0,
+        num_steps=jnp.int32(0),
+        residual=jnp.float32(0),
+        converged=jnp.bool_(True),
+    )
 
 
 class Group(NamedTuple):
@@ -253,47 +258,41 @@ def _judge(
 class Fuzz:
     """Count gradients that are wrong although the report says converged."""
 
-    problems: int = 20_000
+    name: ClassVar[str] = "fuzz"
+
+    problems: Count = 20_000
     """How many; rounded up to whole groups."""
-    seed: int = 0
+    seed: Natural = 0
     """Of the generator."""
-    group: int = 40
+    group: Count = 40
     """Problems that share a rule, a dtype and a structure, and so a compilation."""
     fresh: bool = False
     """Forget what an interrupted run left."""
 
     def run(self) -> dict[str, Any]:
         """Writes ``results/fuzz.json`` and prints a row a rule."""
-        require(self.problems >= 1, "problems must be 1 or more")
-        require(self.group >= 1, "group must be 1 or more")
-        require(self.seed >= 0, "seed must be 0 or more")
         groups = -(-self.problems // self.group)
         options = dataclasses.asdict(self) | {"fresh": None}
-        checkpoint = Checkpoint("fuzz", options, self.fresh)
+        checkpoints = Checkpoints("fuzz", options, self.fresh)
         with jax.enable_x64(True):
-            blank = np.zeros((groups, self.group))
-            done, found = checkpoint.restore(
-                "outcomes", Outcome(*5 * (jnp.array(blank),))
-            )
-            found = Outcome(*(np.array(a) for a in found))
-            for i in progress(range(done, groups), groups, "fuzz", done):
+            blank = jnp.zeros((groups, self.group))
+
+            def look(found: Outcome, i: int) -> Outcome:
                 random = np.random.default_rng((self.seed, i))
-                for all_, new in zip(found, run_group(random, self.group), strict=True):
-                    all_[i] = new
-                if (i + 1) % 25 == 0:
-                    state = Outcome(*map(jnp.asarray, found))
-                    checkpoint.save("outcomes", i + 1, state)
-        result = {
-            "experiment": "fuzz",
-            "command": "python -m benchmarks fuzz",
-            "options": dataclasses.asdict(self),
-            "environment": environment(),
-            **summary(found),
-        }
+                new = run_group(random, self.group)
+                return Outcome(
+                    *(a.at[i].set(b) for a, b in zip(found, new, strict=True))
+                )
+
+            start = Outcome(*5 * (blank,))
+            found = train(checkpoints, "outcomes", start, look, groups, every=25)
+            found = Outcome(*map(np.asarray, found))
+        kept = dataclasses.asdict(self)
+        result = record("fuzz", "fuzz", kept, **summary(found))
         path = write_json("fuzz", result)
         say(table(rows(result)))
         say(f"\nWritten: {path.name}")
-        checkpoint.clear()
+        checkpoints.clear()
         return result
 
 

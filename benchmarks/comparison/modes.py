@@ -12,23 +12,18 @@ import dataclasses
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import rbpjax
-from benchmarks.harness import (
-    environment,
-    interleaved_times,
-    require,
-    say,
-    spread,
-    table,
-    temporary_bytes,
-    write_json,
-)
+from benchmarks.harness.measurement import interleaved_times, spread, temporary_bytes
+from benchmarks.harness.options import Count, Natural, Within
+from benchmarks.harness.progress import say
+from benchmarks.harness.results import record, write_json
+from benchmarks.harness.tables import table
 
 Function = Callable[..., Any]
 
@@ -60,26 +55,21 @@ def any_mode(
 class Modes:
     """Measure rbp_solve and rbp_jvp against a custom_jvp in every mode."""
 
-    size: int = 64
+    name: ClassVar[str] = "modes"
+
+    size: Annotated[int, Within(2)] = 64
     """Units of the network; the Hessian is that of a loss of so many inputs."""
-    repetitions: int = 30
+    repetitions: Count = 30
     """Of each timing."""
-    seed: int = 0
+    seed: Natural = 0
     """Of weights and inputs."""
 
     def run(self) -> dict[str, Any]:
         """Writes ``results/modes.json`` and prints a row a derivative."""
-        require(self.size >= 2, "size must be 2 or more")
-        require(self.repetitions >= 1, "repetitions must be 1 or more")
         with jax.enable_x64(True):
             derivatives = self.measure()
-        result = {
-            "experiment": "modes",
-            "command": "python -m benchmarks modes",
-            "options": dataclasses.asdict(self),
-            "environment": environment(),
-            "derivatives": derivatives,
-        }
+        kept = dataclasses.asdict(self)
+        result = record("modes", "modes", kept, derivatives=derivatives)
         path = write_json("modes", result)
         say(table(rows(result)))
         say(f"\nWritten: {path.name}")
@@ -104,7 +94,7 @@ class Modes:
         def ours_jvp(x: jax.Array, direction: jax.Array) -> jax.Array:
             h = ours(x)
             tangents = (jnp.zeros_like(w), direction)
-            return rbpjax.rbp_jvp(f, w, x, h, tangents, rule).value
+            return rbpjax.rbp_jvp(f, w, x, h, tangents, backward=rule).value
 
         ours_jacobian = lambda x: jax.vmap(partial(ours_jvp, x), out_axes=1)(jnp.eye(n))
         pairs = {

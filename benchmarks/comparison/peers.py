@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import importlib
 import logging
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 import rbpjax
+from benchmarks.comparison.method import Method, Refused, Setting, compiled
 from benchmarks.comparison.problems import Problem
 from rbpjax import (
     CG,
@@ -37,57 +36,6 @@ from rbpjax import (
     Newton,
 )
 
-MEMORY_LIMIT = 4 * 2**30  # bytes; a program that asks for more is not run
-
-
-class Setting(NamedTuple):
-    """Forward and backward tolerance, or forward and backward steps."""
-
-    forward: float
-    backward: float
-
-
-class Refused(Exception):
-    """A method that cannot do a problem, and why."""
-
-
-class Program(NamedTuple):
-    """One compiled value-and-gradient."""
-
-    call: Callable[[], tuple[Any, Any]]
-    compile_s: float | None
-    bytes: int | None
-
-
-class Method(NamedTuple):
-    library: str
-    name: str
-    program: Callable[[Problem, Setting], Program]
-    unrolled: bool = False
-    """Whether its settings are numbers of steps."""
-    forward: bool = True
-    """Whether it is worth running where the problem starts at its fixed point."""
-
-
-def compiled(make: Callable, problem: Problem, setting: Setting) -> Program:
-    """The jitted gradient for params and inputs of the loss at ``make``'s state."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of jaxopt, that it is no longer maintained
-
-        # The start is an argument, or the compiler would compute with it.
-        def loss(params: Any, inputs: Any, h0: jax.Array) -> jax.Array:
-            return problem.loss(make(problem._replace(h0=h0), setting)(params, inputs))
-
-        args = (problem.params, problem.inputs, problem.h0)
-        start = time.perf_counter()
-        program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*args).compile()
-        seconds = time.perf_counter() - start
-    size = int(program.memory_analysis().temp_size_in_bytes)
-    if size > MEMORY_LIMIT:
-        raise Refused(f"asks for {size / 2**30:.1f} GiB")
-    return Program(partial(program, *args), seconds, size)
-
-
 # --- rbpjax --------------------------------------------------------------------------
 
 EVERY = 4  # steps between two looks at the residual, of the methods so named
@@ -95,30 +43,34 @@ WARMUP = 8  # plain steps before Newton's
 LARGEST = 2000  # numbers in a state whose Jacobian is still formed
 
 RULES: dict[str, Callable[[float, int], rbpjax.BackwardRule]] = {
-    "Adaptive": lambda tol, budget: Adaptive(tol, budget),
+    "Adaptive": lambda tol, budget: Adaptive(tol=tol, max_steps=budget),
     "Neumann": lambda tol, budget: Neumann(tol=tol, max_steps=budget),
-    "RBP(Anderson)": lambda tol, budget: RBP(Anderson(5, budget, tol)),
-    "RBP(RRE)": lambda tol, budget: RBP(RRE(5, budget, tol)),
-    "CGNormal": lambda tol, budget: CGNormal(budget, tol),
-    "BiCGSTAB": lambda tol, budget: BiCGSTAB(budget, tol),
-    "GMRES": lambda tol, budget: GMRES(budget, tol),
-    "CG": lambda tol, budget: CG(budget, tol),
+    "RBP(Anderson)": lambda tol, budget: RBP(
+        Anderson(tol=tol, max_steps=budget, memory=5)
+    ),
+    "RBP(RRE)": lambda tol, budget: RBP(RRE(tol=tol, max_steps=budget, memory=5)),
+    "CGNormal": lambda tol, budget: CGNormal(tol=tol, max_steps=budget),
+    "BiCGSTAB": lambda tol, budget: BiCGSTAB(tol=tol, max_steps=budget),
+    "GMRES": lambda tol, budget: GMRES(tol=tol, max_steps=budget),
+    "CG": lambda tol, budget: CG(tol=tol, max_steps=budget),
     "Direct": lambda tol, budget: Direct(),
     "Neumann/4": lambda tol, budget: Neumann(
         tol=tol, max_steps=budget, check_every=EVERY
     ),
 }
 FORWARD: dict[str, Callable[[float, int], rbpjax.ForwardSolver]] = {
-    "": lambda tol, budget: FixedPointIteration(budget, tol),
-    "Anderson + ": lambda tol, budget: Anderson(5, budget, tol),
-    "RRE + ": lambda tol, budget: RRE(5, budget, tol),
+    "": lambda tol, budget: FixedPointIteration(tol=tol, max_steps=budget),
+    "Anderson + ": lambda tol, budget: Anderson(tol=tol, max_steps=budget, memory=5),
+    "RRE + ": lambda tol, budget: RRE(tol=tol, max_steps=budget, memory=5),
     "Newton(BiCGSTAB) + ": lambda tol, budget: Newton(
-        BiCGSTAB(budget, 1e-2), tol=tol, warmup=WARMUP
+        BiCGSTAB(tol=1e-2, max_steps=budget), tol=tol, warmup=WARMUP
     ),
-    "Newton(CG) + ": lambda tol, budget: Newton(CG(budget, 1e-4), tol=tol),
+    "Newton(CG) + ": lambda tol, budget: Newton(
+        CG(tol=1e-4, max_steps=budget), tol=tol
+    ),
     "Newton(Direct) + ": lambda tol, budget: Newton(Direct(), tol=tol),
     "Iteration/4 + ": lambda tol, budget: FixedPointIteration(
-        budget, tol, check_every=EVERY
+        tol=tol, max_steps=budget, check_every=EVERY
     ),
 }
 DEFAULT = "rbpjax Adaptive"
@@ -255,7 +207,7 @@ def _optimistix(linear: str, problem: Problem, setting: Setting) -> Callable:
     def solve(params: Any, inputs: Any) -> jax.Array:
         return optx.fixed_point(
             lambda h, args: problem.f(*args, h),
-            optx.FixedPointIteration(setting.forward, setting.forward),
+            optx.FixedPointIteration(max_steps=setting.forward, tol=setting.forward),
             problem.h0,
             args=(params, inputs),
             adjoint=adjoints[linear](),
@@ -333,8 +285,3 @@ def installed(library: str) -> str | None:
     except ImportError:
         return f"{library} is not installed: pip install -e '.[{extra[library]}]'"
     return None
-
-
-def gradient(result: tuple[Any, Any]) -> list[np.ndarray]:
-    """The leaves of the gradient in what a program returned."""
-    return [np.asarray(u) for u in jax.tree.leaves(result[1])]

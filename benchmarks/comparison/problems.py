@@ -17,8 +17,9 @@ import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from benchmarks.comparison.families import FAMILIES
+from benchmarks.comparison.jacobians import FAMILIES
 from benchmarks.data.planetoid import planetoid
+from benchmarks.harness.options import require
 from rbpjax.nn import normalized_adjacency
 
 Step = Callable[[Any, Any, jax.Array], jax.Array]
@@ -185,6 +186,21 @@ PROBLEMS: dict[str, tuple[str, Callable[[], Problem]]] = {
     "bilevel-1000": ("bilevel, κ = 1,000", partial(bilevel, 1000.0)),
     **{slug(name): (name, partial(family, name)) for name in FAMILIES},
 }
+
+
+def resolve(asked: tuple[str, ...]) -> list[str]:
+    """The problems of these names, or whose names begin so; UsageError if none.
+
+    bilevel-10 is that one alone, though the name of another begins so.
+    """
+    for prefix in asked:
+        require(
+            any(name.startswith(prefix) for name in PROBLEMS),
+            f"--problems: no {prefix!r}; known are {', '.join(PROBLEMS)}",
+        )
+    exact = [p for p in asked if p in PROBLEMS]
+    starts = tuple(p for p in asked if p not in PROBLEMS)
+    return [n for n in PROBLEMS if n in exact or n.startswith(starts)]
 
 
 # --- reference -----------------------------------------------------------------------

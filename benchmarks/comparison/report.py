@@ -10,7 +10,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.comparison.peers import DEFAULT
-from benchmarks.harness import figure, require, save_figure, say, table
+from benchmarks.comparison.summary import rows
+from benchmarks.harness.figures import figure, save_figure
+from benchmarks.harness.options import require
+from benchmarks.harness.progress import say
+from benchmarks.harness.tables import table
 
 README = Path(__file__).parent.parent / "README.md"
 COLORS = {
@@ -54,9 +58,9 @@ def untuned(result: Entry, target: str, peer: str) -> str:
     """
     ratios = []
     for entry in result["problems"].values():
-        found = entry["targets"][target]["methods"]
+        found = rows(entry, target)
         if peer in found and DEFAULT in found:
-            pair = (found[name]["seconds"]["median"] for name in (peer, DEFAULT))
+            pair = (found[name]["median"] for name in (peer, DEFAULT))
             ratios.append(np.divide(*pair))
     if not ratios:
         return f"{peer} met it nowhere"
@@ -182,7 +186,7 @@ def tables(result: Entry) -> str:
 
 def _row(entry: Entry, target: str) -> dict[str, str]:
     """Times of the default, and the best of each library."""
-    found = entry["targets"][target]["methods"]
+    found = rows(entry, target)
     row = {"problem": entry["title"], "default": _time(found, [DEFAULT])}
     row["best rule"] = _time(found, [n for n in found if n.startswith("rbpjax")], True)
     for library in ("jaxopt", "optimistix"):
@@ -197,7 +201,7 @@ def _row(entry: Entry, target: str) -> dict[str, str]:
 
 def _time(found: Entry, names: list[str], tell: bool = False) -> str:
     """The shortest median of these methods, with the name of it."""
-    seconds = {n: found[n]["seconds"]["median"] for n in names if n in found}
+    seconds = {n: found[n]["median"] for n in names if n in found}
     if not seconds:
         return "–"
     name = min(seconds, key=seconds.__getitem__)
@@ -207,17 +211,15 @@ def _time(found: Entry, names: list[str], tell: bool = False) -> str:
 
 def _cost_row(entry: Entry, target: str) -> dict[str, str]:
     row = {"problem": entry["title"]}
-    turns = entry["targets"][target]["turns"]
+    turns, found = entry["targets"][target]["turns"], rows(entry, target)
     for role, title in (
         ("default", "default"),
         ("ours", "best rule"),
         ("peer", "peer"),
     ):
         name = turns.get(role, {}).get("method")
-        method = entry["methods"].get(name, {})
-        compile_s = method.get("compile_s")
-        size = entry["targets"][target]["methods"].get(name, {}).get("bytes")
-        row[f"{title}: compile"] = f"{compile_s['median']:.2f} s" if compile_s else "–"
+        compile_s, size = (found.get(name, {}).get(k) for k in ("compile_s", "bytes"))
+        row[f"{title}: compile"] = f"{compile_s:.2f} s" if compile_s else "–"
         row[f"{title}: memory"] = f"{size / 1e6:.3g} MB" if size else "–"
     return row
 
@@ -225,7 +227,7 @@ def _cost_row(entry: Entry, target: str) -> dict[str, str]:
 def _costs(costs: Entry, problems: Entry) -> list[str]:
     parts = []
     if "truncation" in costs:
-        rows = [
+        listed = [
             {
                 "K": k,
                 "Neumann(K) ÷ TBPTT(K + 1)": _shown(c["ratio"]),
@@ -237,10 +239,10 @@ def _costs(costs: Entry, problems: Entry) -> list[str]:
         parts += [
             "Time of the gradient by Neumann(K) ÷ by TBPTT(K + 1), tanh RNN 128 × 256 "
             "with 101 steps forward, and temporary memory:",
-            table(rows),
+            table(listed),
         ]
     if "overhead" in costs:
-        rows = [
+        listed = [
             {
                 "rule": name,
                 "products": str(c["products"]),
@@ -251,7 +253,7 @@ def _costs(costs: Entry, problems: Entry) -> list[str]:
         parts += [
             "Time of the backward solve ÷ time of as many products in a bare loop, "
             "tanh RNN 128 × 256, ‖W‖₂ = 0.9, tolerance 1e-6:",
-            table(rows),
+            table(listed),
         ]
     if "limit" in costs:
         parts += _limit(costs["limit"], problems)
@@ -277,7 +279,7 @@ def _costs(costs: Entry, problems: Entry) -> list[str]:
 
 def _limit(limit: Entry, problems: Entry) -> list[str]:
     """Products of each rule, and how far they are from the fewest."""
-    rows = [
+    listed = [
         {"problem": problems[name]["title"]}
         | {rule: "–" if n is None else str(n) for rule, n in counts.items()}
         for name, counts in limit.items()
@@ -288,7 +290,7 @@ def _limit(limit: Entry, problems: Entry) -> list[str]:
         "and the fewest that any method can do with whose iterate is made of products "
         "with Jᵀ: GMRES without a restart. All aim at half of it, and verify it by one "
         "product, which is counted but for the fewest. – not reached.",
-        table(rows),
+        table(listed),
         "Products ÷ the fewest, geometric means over the problems (as many) where both "
         f"reach it: {', '.join(means)}.",
     ]
@@ -319,25 +321,22 @@ def draw_error(result: Entry) -> Any:
     """Time against error: one curve a method, one color a library."""
     names = [n for n in result["problems"] if not n.startswith("family")]
     columns = 5
-    rows = max(-(-len(names) // columns), 1)
-    fig, axes = figure(13, 2.7 * rows, nrows=rows, ncols=columns, squeeze=False)
+    lines = max(-(-len(names) // columns), 1)
+    fig, axes = figure(13, 2.7 * lines, nrows=lines, ncols=columns, squeeze=False)
     for ax, name in zip(axes.flat, names, strict=False):
         entry = result["problems"][name]
-        for method, found in entry["methods"].items():
-            curve = [(p["error"], p["seconds"]) for p in found["curve"]]
-            curve = sorted((e, 1e3 * s) for e, s in curve if e is not None and e < 1)
-            if curve:
-                default = method == DEFAULT
-                ours = found["library"] == "rbpjax"
-                ax.loglog(
-                    *zip(*curve, strict=True),
-                    color=COLORS[found["library"]],
-                    linewidth=2.4 if default else 0.9,
-                    marker="o" if default else ".",
-                    markersize=4,
-                    alpha=1 if default else 0.7,
-                    zorder=4 if default else 3 if ours else 2,
-                )
+        for method, front in entry["fronts"].items():
+            default, library = method == DEFAULT, method.split()[0]
+            ax.loglog(
+                front[::2],
+                [1e3 * seconds for seconds in front[1::2]],
+                color=COLORS[library],
+                linewidth=2.4 if default else 0.9,
+                marker="o" if default else ".",
+                markersize=4,
+                alpha=1 if default else 0.7,
+                zorder=4 if default else 3 if library == "rbpjax" else 2,
+            )
         ax.set_title(entry["title"])
         ax.invert_xaxis()
     for ax in axes.flat[len(names) :]:
@@ -346,9 +345,7 @@ def draw_error(result: Entry) -> Any:
         ax.set_ylabel("time, ms")
     for ax in axes[-1]:
         ax.set_xlabel("relative gradient error")
-    present = {
-        m["library"] for e in result["problems"].values() for m in e["methods"].values()
-    }
+    present = {m.split()[0] for e in result["problems"].values() for m in e["fronts"]}
     keys = [
         fig.axes[0].plot([], [], color=COLORS["rbpjax"], linewidth=2.4, marker="o")[0]
     ]

@@ -7,40 +7,34 @@ turns on the clock. Ratios are to the fastest method of any other library.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import math
-import os
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import jax
-import numpy as np
 
 from benchmarks.comparison import costs as rules_costs
 from benchmarks.comparison import report as rules_report
-from benchmarks.comparison.peers import (
-    DEFAULT,
-    Method,
-    Program,
-    installed,
-    methods,
-    steps,
+from benchmarks.comparison.method import Method, Program
+from benchmarks.comparison.peers import DEFAULT, installed, methods, steps
+from benchmarks.comparison.problems import (
+    PROBLEMS,
+    Problem,
+    num_states,
+    reference,
+    resolve,
 )
-from benchmarks.comparison.problems import PROBLEMS, Problem, num_states, reference
+from benchmarks.comparison.summary import COLUMNS, summarize
 from benchmarks.comparison.tune import HOPELESS, TARGETS, Sweep, sweep_all
-from benchmarks.harness import (
-    Checkpoint,
-    environment,
-    interleaved_times,
-    progress,
-    read_json,
-    require,
-    say,
-    spread,
-    write_json,
-)
+from benchmarks.harness.checkpoints import Checkpoints
+from benchmarks.harness.measurement import interleaved_times, spread
+from benchmarks.harness.options import Count, OneOf, require
+from benchmarks.harness.progress import progress, say
+from benchmarks.harness.results import read_json, record, write_json
 
 LIBRARIES = ("rbpjax", "jaxopt", "optimistix", "jax", "torchdeq")
 
@@ -49,11 +43,13 @@ LIBRARIES = ("rbpjax", "jaxopt", "optimistix", "jax", "torchdeq")
 class Rules:
     """Compare with jaxopt, optimistix, jax.lax, BPTT and torchdeq at equal error."""
 
+    name: ClassVar[str] = "rules"
+
     problems: tuple[str, ...] = tuple(PROBLEMS)
     """Names, or beginnings of names, such as rnn or hopfield."""
-    libraries: tuple[str, ...] = LIBRARIES
+    libraries: Annotated[tuple[str, ...], OneOf(LIBRARIES)] = LIBRARIES
     """Any of rbpjax, jaxopt, optimistix, jax, torchdeq; what is missing is skipped."""
-    repetitions: int = 15
+    repetitions: Count = 15
     """Turns of each program on the clock."""
     costs: bool = True
     """Also measure TBPTT against Neumann, memory, overhead of the rules, imports."""
@@ -66,54 +62,34 @@ class Rules:
         """Writes ``results/rules.json``, its figures and its tables."""
         if self.report:
             return rules_report.write(read_json("rules"))
-        names = self.resolve()
+        require("rbpjax" in self.libraries, "--libraries: rbpjax must be one of them")
+        names = resolve(self.problems)
         available = []
         for library in self.libraries:
             why = installed(library)
             say(f"skipped: {why}") if why else available.append(library)
         asked = {"repetitions": self.repetitions, "libraries": available}
-        checkpoint = Checkpoint("rules", asked, self.fresh)
+        checkpoints = Checkpoints("rules", asked, self.fresh)
         chosen = [m for m in methods() if m.library in available]
         problems = {}
         for name in names:
-            make = lambda name=name: self.measure(name, chosen)
-            problems[name] = _once(checkpoint, name, make)
+            make = partial(self.measure, name, chosen)
+            problems[name] = checkpoints.once(name, make)
             say(rules_report.line(problems[name]))
         costs = {}
         if self.costs:
             for name, part in rules_costs.PARTS.items():
-                costs[name] = _once(checkpoint, name, lambda part=part: part(self))
+                make = partial(part, self.repetitions)
+                costs[name] = checkpoints.once(name, make)
         complete = names == list(PROBLEMS) and self.costs
-        result = {
-            "experiment": "rules",
-            "command": "python -m benchmarks rules",
-            "options": asked,
-            "environment": _environment(available),
-            "problems": problems,
-            "costs": costs,
-        }
+        result = record(
+            "rules", "rules", asked, columns=COLUMNS, problems=problems, costs=costs
+        )
+        result["environment"]["packages"] |= _versions(available)
         path = write_json("rules" if complete else "rules-custom", result)
-        checkpoint.clear()
+        checkpoints.clear()
         say(f"Written: {path.name}")
         return rules_report.write(read_json(path.stem)) if complete else result
-
-    def resolve(self) -> list[str]:
-        """The names of the problems that are meant; UsageError if there are none."""
-        require(self.repetitions >= 1, "repetitions must be 1 or more")
-        require("rbpjax" in self.libraries, "libraries must include rbpjax")
-        for library in self.libraries:
-            require(
-                library in LIBRARIES,
-                f"unknown library {library!r}; choose from {', '.join(LIBRARIES)}",
-            )
-        for prefix in self.problems:
-            require(
-                any(name.startswith(prefix) for name in PROBLEMS),
-                f"unknown problem {prefix!r}; choose from {', '.join(PROBLEMS)}",
-            )
-        exact = [p for p in self.problems if p in PROBLEMS]
-        starts = tuple(p for p in self.problems if p not in PROBLEMS)
-        return [n for n in PROBLEMS if n in exact or n.startswith(starts)]
 
     def measure(self, name: str, chosen: list[Method]) -> dict[str, Any]:
         """One problem: the sweep of every method, and the clock on what it chose."""
@@ -143,7 +119,7 @@ class Rules:
             }
         for target in TARGETS:
             entry["targets"][f"{target:g}"] = self.clock(problem, sweeps, target)
-        return entry
+        return summarize(entry, fronts=problem.kind != "linear")
 
     def clock(
         self, problem: Problem, sweeps: dict[str, Sweep], target: float
@@ -201,30 +177,11 @@ def _repeated(program: Program, best: float) -> tuple[Callable[[], Any], int]:
     return call, times
 
 
-def _once(checkpoint: Checkpoint, name: str, make: Callable[[], Any]) -> Any:
-    """What an interrupted run has left under ``name``, or made now and left."""
-    path = checkpoint.folder / f"{name}.json"
-    if path.is_file():
-        return json.loads(path.read_text())
-    result = json.loads(json.dumps(make(), default=_plain))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result))
-    os.replace(partial, path)
-    return result
-
-
-def _plain(x: Any) -> Any:
-    return np.asarray(x).tolist()
-
-
-def _environment(libraries: list[str]) -> dict[str, Any]:
-    where = environment()
+def _versions(libraries: list[str]) -> dict[str, str]:
+    """Of the other libraries, where they are installed."""
     names = {"optimistix": ("optimistix", "lineax"), "torchdeq": ("torch", "torchdeq")}
-    for library in libraries:
-        for name in names.get(library, (library,)):
-            try:
-                where["packages"][name] = version(name)
-            except PackageNotFoundError:
-                continue
-    return where
+    found = {}
+    for name in (n for lib in libraries for n in names.get(lib, (lib,))):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.comparison.peers import Program, Refused, Setting
+from benchmarks.comparison.method import Program, Refused, Setting
 from benchmarks.comparison.problems import Problem
 
 # Threads that wait for work give their core to others, JAX's among them. Read when

@@ -15,14 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.comparison.peers import (
-    DEFAULT,
-    Method,
-    Program,
-    Refused,
-    Setting,
-    gradient,
-)
+from benchmarks.comparison.method import Method, Program, Refused, Setting, gradient
+from benchmarks.comparison.peers import DEFAULT
 from benchmarks.comparison.problems import Problem, error
 
 TARGETS = (1e-3, 1e-5)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +19,13 @@ import optax
 
 import rbpjax
 from benchmarks.comparison.problems import PROBLEMS, Problem, flat
-from benchmarks.harness import (
-    environment,
-    progress,
-    require,
-    say,
-    spread,
-    table,
-    write_json,
-)
+from benchmarks.harness.measurement import spread
+from benchmarks.harness.options import Count, OneOf, Within
+from benchmarks.harness.progress import progress, say
+from benchmarks.harness.results import record, write_json
+from benchmarks.harness.tables import table
 
-RULES = {"Adaptive": rbpjax.Adaptive(tol=1e-4), "Neumann(5)": rbpjax.Neumann(5)}
+RULES = {"Adaptive": rbpjax.Adaptive(tol=1e-4), "Neumann(5)": rbpjax.Neumann(steps=5)}
 EXACT = rbpjax.Adaptive(tol=3e-6)
 FORWARD_TOL = 1e-6
 
@@ -38,7 +34,9 @@ FORWARD_TOL = 1e-6
 class Warm:
     """Start each adjoint from that of the last training step."""
 
-    problems: tuple[str, ...] = (
+    name: ClassVar[str] = "warm"
+
+    problems: Annotated[tuple[str, ...], OneOf(PROBLEMS)] = (
         "rnn-0.9",
         "hopfield-0.86",
         "cora",
@@ -46,29 +44,19 @@ class Warm:
         "bilevel-10",
     )
     """Names from the benchmark ``rules``."""
-    steps: int = 30
+    steps: Count = 30
     """Training steps; the first, where all start cold, is not counted."""
-    rates: tuple[float, ...] = (1e-5, 1e-4)
+    rates: Annotated[tuple[float, ...], Within(0)] = (1e-5, 1e-4)
     """Learning rates of Adam: how far the parameters move in a step."""
 
     def run(self) -> dict[str, Any]:
         """Writes ``results/warm.json`` and prints its table."""
-        for name in self.problems:
-            require(name in PROBLEMS, f"unknown problem {name!r}")
-        require(self.steps >= 1, "steps must be 1 or more")
-        require(bool(self.rates) and min(self.rates) >= 0, "rates must not be negative")
         entries = [
             {"title": PROBLEMS[name][0], "rate": rate} | self.train(name, rate)
             for name in self.problems
             for rate in self.rates
         ]
-        result = {
-            "experiment": "warm",
-            "command": "python -m benchmarks warm",
-            "options": dataclasses.asdict(self),
-            "environment": environment(),
-            "entries": entries,
-        }
+        result = record("warm", "warm", dataclasses.asdict(self), entries=entries)
         whole = self == Warm()
         write_json("warm" if whole else "warm-custom", result)
         say(table(rows(result)))
@@ -121,7 +109,7 @@ def _measured(call: Any, want: np.ndarray) -> tuple[dict[str, float], Any]:
 
 def _gradient(problem: Problem, rule: rbpjax.BackwardRule) -> Any:
     """Jitted ``(params, h0, probe) -> gradient, report, solution``."""
-    forward = rbpjax.FixedPointIteration(problem.budget, FORWARD_TOL)
+    forward = rbpjax.FixedPointIteration(max_steps=problem.budget, tol=FORWARD_TOL)
     solve = rbpjax.rbp_solve(problem.f, forward=forward, backward=rule)
 
     def loss(params: Any, probe: Any, h0: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -12,40 +12,22 @@ import collections
 import dataclasses
 import hashlib
 import io
-import os
 import pickle
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import scipy.sparse
 
-from benchmarks.data import fetch
-from benchmarks.harness import UsageError, require
+from benchmarks.data.fetch import fetch, is_local
+from benchmarks.harness.options import UsageError, require
 
-URL = (
-    "https://raw.githubusercontent.com/kimiyoung/planetoid/"
-    "af6abf468a772cc055bec88c52e4d6f51b7c37e3/data/"
-)
-CHECKSUMS = dict(
-    line.split() for line in Path(__file__).with_suffix(".txt").read_text().splitlines()
-)
-# Its SHA-256 is not known to us, but the name of its contents in git is.
+# The name of its contents in git, in place of a SHA-256.
 PUBMED_BLOB = ("ind.pubmed.allx", "3b86bccf08111c37c632a9dd8ab63db25ea76361")
+# Of Pubmed there is the whole graph, but the features of 1,060 of 19,717 nodes only.
 NPZ = {
-    "cora": (
-        "cora.npz",
-        "a90e0448480017c88d9cfc0cf995c17bdfa1f233a52fe579f506798f85101a3d",
-    ),
-    "citeseer": (
-        "citeseer.npz",
-        "8cce810e5f8bdb407ea066c306dba2ab8988f37b996d01b810c8965c18a0c0fd",
-    ),
-    # The whole graph, but the features of 1,060 of its 19,717 nodes only.
-    "pubmed": (
-        "pubmed_partial.npz",
-        "95f13151d95129c4db99416f35dca5a14fde325cd7aadfca530f873dd2d40356",
-    ),
+    "cora": "planetoid/cora.npz",
+    "citeseer": "planetoid/citeseer.npz",
+    "pubmed": "planetoid/pubmed_partial.npz",
 }
 
 
@@ -76,9 +58,8 @@ class Planetoid:
 
 def planetoid(name: str) -> Planetoid:
     """The graph ``name``: cora, citeseer or pubmed; UsageError if it cannot be had."""
-    if os.environ.get("RBPJAX_DATA"):
-        file, sha256 = NPZ[name]
-        arrays = np.load(fetch("planetoid", file, "", sha256), allow_pickle=False)
+    if is_local():
+        arrays = np.load(fetch(NPZ[name]), allow_pickle=False)
         csr = tuple(arrays[f"features_{k}"] for k in ("data", "indices", "indptr"))
         return Planetoid(
             scipy.sparse.csr_matrix(csr, shape=tuple(arrays["features_shape"])),
@@ -99,11 +80,10 @@ PARTS = ("y", "tx", "ty", "allx", "ally", "graph", "test.index")
 
 def _download(name: str) -> bytes:
     """The file ``name`` with the right contents."""
-    if name != PUBMED_BLOB[0]:
-        sha256 = CHECKSUMS[name].removeprefix("sha256:")
-        return fetch("planetoid", name, URL, sha256).read_bytes()
-    path = fetch("planetoid", name, URL, None)
+    path = fetch(f"planetoid/{name}")
     content = path.read_bytes()
+    if name != PUBMED_BLOB[0]:
+        return content
     blob = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
     require(blob.hexdigest() == PUBMED_BLOB[1], f"{path} is damaged: delete it")
     return content

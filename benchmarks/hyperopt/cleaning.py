@@ -19,14 +19,10 @@ import numpy as np
 import optax
 
 import rbpjax
-from benchmarks.harness import (
-    Checkpoint,
-    figure,
-    interleaved_times,
-    mean_std,
-    save_figure,
-    spread,
-)
+from benchmarks.harness.checkpoints import Checkpoints
+from benchmarks.harness.figures import figure, save_figure
+from benchmarks.harness.measurement import interleaved_times, spread
+from benchmarks.harness.tables import mean_std
 from benchmarks.hyperopt.descent import (
     Descent,
     accuracy,
@@ -36,6 +32,7 @@ from benchmarks.hyperopt.descent import (
     paired,
     temporary_bytes,
 )
+from benchmarks.hyperopt.part import Part
 from rbpjax import Adaptive, FixedPointIteration, Neumann
 
 SIZES = {"digits": (1000, 400), "mnist": (2000, 1000)}  # training, validation
@@ -53,8 +50,8 @@ NOTE = (
 X64 = True
 RULES = {
     "Adaptive": Adaptive(tol=TOL),
-    "Neumann(50)": Neumann(50),
-    "one step, Neumann(0)": Neumann(0),
+    "Neumann(50)": Neumann(steps=50),
+    "one step, Neumann(0)": Neumann(steps=0),
 }
 
 
@@ -134,7 +131,7 @@ def start(given: Cleaning) -> tuple[jax.Array, Any]:
 
 
 def measure(
-    dataset: str, seeds: tuple[int, ...], num_steps: int, checkpoint: Checkpoint
+    dataset: str, seeds: tuple[int, ...], num_steps: int, checkpoints: Checkpoints
 ) -> dict[str, Any]:
     """All rules on all seeds."""
     problems = {seed: make(dataset, seed) for seed in seeds}
@@ -152,7 +149,7 @@ def measure(
         histories, seconds, weights = [], [], []
         for seed, given in problems.items():
             a, history, spent = descent.run(
-                f"{rule} {seed}", given, *start(given), num_steps, checkpoint
+                f"{rule} {seed}", given, *start(given), num_steps, checkpoints
             )
             histories.append(history)
             seconds.append(spent)
@@ -190,7 +187,7 @@ def references(problems: dict[int, Cleaning]) -> dict[str, dict[str, list[float]
 
     @jax.jit
     def train(a: jax.Array, given: Cleaning) -> dict[str, jax.Array]:
-        value, (_, measures) = outer(Neumann(0))(a, given, start(given)[1])
+        value, (_, measures) = outer(Neumann(steps=0))(a, given, start(given)[1])
         return {"outer_loss": value} | measures
 
     def of(change: Callable[[Cleaning], tuple[jax.Array, Cleaning]]) -> dict:
@@ -223,7 +220,7 @@ def check(got: jax.Array, exact: np.ndarray) -> dict[str, float]:
 
 def dense(a: jax.Array, given: Cleaning) -> np.ndarray:
     """-∂²loss/∂a∂w · H⁻¹ ∇validation, by dense solves at the minimum."""
-    w = jax.jit(solver(given, Neumann(0)))(a, given, start(given)[1]).value[0]
+    w = jax.jit(solver(given, Neumann(steps=0)))(a, given, start(given)[1]).value[0]
     loss = lambda a, w: inner_loss(a, given, w.reshape(-1, 10))
 
     x, y = given.validation
@@ -332,3 +329,6 @@ def draw(result: dict[str, Any], name: str) -> Any:
     seeds = len(next(iter(result["rules"].values()))["seconds"])
     fig.suptitle(f"Data cleaning, half of the labels wrong: {seeds} seeds")
     return save_figure(fig, name)
+
+
+PART = Part(TITLE, NOTE, X64, STEPS, measure, rows, draw, differences)

@@ -19,14 +19,10 @@ import numpy as np
 import optax
 
 import rbpjax
-from benchmarks.harness import (
-    Checkpoint,
-    figure,
-    interleaved_times,
-    mean_std,
-    save_figure,
-    spread,
-)
+from benchmarks.harness.checkpoints import Checkpoints
+from benchmarks.harness.figures import figure, save_figure
+from benchmarks.harness.measurement import interleaved_times, spread
+from benchmarks.harness.tables import mean_std
 from benchmarks.hyperopt.descent import (
     Descent,
     accuracy,
@@ -36,6 +32,7 @@ from benchmarks.hyperopt.descent import (
     paired,
     temporary_bytes,
 )
+from benchmarks.hyperopt.part import Part
 from rbpjax import Adaptive, FixedPointIteration, Neumann
 
 SIZES = (200, 400)  # training, validation
@@ -51,8 +48,8 @@ X64 = True
 GRID = np.geomspace(1e-4, 1e-1, 13)  # common decays, for comparison
 RULES = {
     "Adaptive": Adaptive(tol=TOL),
-    "Neumann(50)": Neumann(50),
-    "one step, Neumann(0)": Neumann(0),
+    "Neumann(50)": Neumann(steps=50),
+    "one step, Neumann(0)": Neumann(steps=0),
 }
 LAYERS = ("pixels", "noise", "bias")
 Weights = dict[str, jax.Array]
@@ -131,7 +128,7 @@ def start(given: Decay, decay: float = START) -> tuple[Weights, Any]:
 
 
 def measure(
-    dataset: str, seeds: tuple[int, ...], num_steps: int, checkpoint: Checkpoint
+    dataset: str, seeds: tuple[int, ...], num_steps: int, checkpoints: Checkpoints
 ) -> dict[str, Any]:
     """All rules on all seeds, and the grid of common decays."""
     problems = {seed: make(dataset, seed) for seed in seeds}
@@ -148,7 +145,7 @@ def measure(
         histories, seconds = [], []
         for seed, given in problems.items():
             _, history, spent = descent.run(
-                f"{rule} {seed}", given, *start(given), num_steps, checkpoint
+                f"{rule} {seed}", given, *start(given), num_steps, checkpoints
             )
             histories.append(history)
             seconds.append(spent)
@@ -170,7 +167,7 @@ def grid(problems: dict[int, Decay]) -> dict[str, Any]:
 
     @jax.jit
     def train(log_decay: Weights, given: Decay) -> dict[str, jax.Array]:
-        value, (_, m) = outer(Neumann(0))(log_decay, given, start(given)[1])
+        value, (_, m) = outer(Neumann(steps=0))(log_decay, given, start(given)[1])
         return {"outer_loss": value} | {k: m[k] for k in ("test_loss", "test_accuracy")}
 
     runs = [[train(start(g, d)[0], g) for d in GRID] for g in problems.values()]
@@ -271,3 +268,6 @@ def draw(result: dict[str, Any], name: str) -> Any:
         f"Decay of layers: mean and range over {seeds} seeds; dashed: best common decay"
     )
     return save_figure(fig, name)
+
+
+PART = Part(TITLE, NOTE, X64, STEPS, measure, rows, draw, differences)

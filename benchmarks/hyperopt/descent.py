@@ -12,8 +12,9 @@ import numpy as np
 import optax
 
 import rbpjax
-from benchmarks import data
-from benchmarks.harness import Checkpoint, progress
+from benchmarks.data.images import load
+from benchmarks.harness.checkpoints import Checkpoints
+from benchmarks.harness.training import train
 
 BLOCKS = 4  # checkpoints of one descent
 MEASURES = (
@@ -36,10 +37,7 @@ def images(
     Pixels are centred, and scaled so that the mean of ‖x‖² is 1 (``unit``), or else
     black is 1. Of MNIST, the first 10,000 training images are used.
     """
-    if dataset == "mnist":
-        pixels, labels = (part[:10_000] for part in data.mnist())
-    else:
-        pixels, labels = data.digits()
+    pixels, labels = (part[:10_000] for part in load(dataset))
     x = pixels.reshape(len(pixels), -1).astype(np.float32)
     x /= x.max()
     x -= x.mean(0)
@@ -69,7 +67,7 @@ class Descent:
     def __init__(self, outer: OuterLoss, adam: optax.GradientTransformation, warm=True):
         """``outer`` hands its probe to the solve."""
         self.adam = adam
-        self.gradient = rbpjax.value_and_grad(outer, has_aux=True)
+        self.gradient = rbpjax.value_and_grad_with_report(outer, has_aux=True)
 
         def update(i: jax.Array, carry: tuple, given: Any, start: Any) -> tuple:
             (params, moments, h), rows = carry
@@ -103,7 +101,7 @@ class Descent:
         params: Any,
         start: Any,
         num_steps: int,
-        checkpoint: Checkpoint,
+        checkpoints: Checkpoints,
     ) -> tuple[Any, dict[str, np.ndarray], float]:
         """The last hyperparameters, a row a step (and the end's), seconds a step."""
         # Weak types would be strong after the first block, and compile another one.
@@ -113,16 +111,18 @@ class Descent:
         rows = {k: jnp.zeros(num_steps + 1) for k in (*measures, *MEASURES)}
         data = (given, start)
         ends = np.unique(np.linspace(0, num_steps, BLOCKS + 1).astype(int))
-        done, saved = checkpoint.restore(name, ((state, rows), jnp.zeros(())))
-        carry, spent = saved
-        if done == 0:  # compiles
-            jax.block_until_ready(self.block(0, 0, carry, *data))
-        for i in progress(range(done, len(ends) - 1), len(ends) - 1, name, done):
+        first = (state, rows)
+        jax.block_until_ready(self.block(0, 0, first, *data))  # compiles
+
+        def block(saved: tuple, i: int) -> tuple:
+            carry, spent = saved
             clock = time.perf_counter()
             carry = self.block(int(ends[i]), int(ends[i + 1]), carry, *data)
             jax.block_until_ready(carry)
-            spent += time.perf_counter() - clock
-            checkpoint.save(name, i + 1, (carry, spent))
+            return carry, spent + time.perf_counter() - clock
+
+        blocks = len(ends) - 1
+        carry, spent = train(checkpoints, name, (first, jnp.zeros(())), block, blocks)
         # One more for the measures at the end, not for its step.
         _, rows = self.block(num_steps, num_steps + 1, carry, *data)
         table = {k: np.asarray(r) for k, r in rows.items()}

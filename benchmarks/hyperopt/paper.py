@@ -18,6 +18,7 @@ methods differentiate the same autonomous F.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -28,14 +29,10 @@ import numpy as np
 import optax
 
 import rbpjax
-from benchmarks.harness import (
-    Checkpoint,
-    figure,
-    interleaved_times,
-    mean_std,
-    save_figure,
-    spread,
-)
+from benchmarks.harness.checkpoints import Checkpoints
+from benchmarks.harness.figures import figure, save_figure
+from benchmarks.harness.measurement import interleaved_times, spread
+from benchmarks.harness.tables import mean_std
 from benchmarks.hyperopt.descent import (
     Descent,
     accuracy,
@@ -44,6 +41,7 @@ from benchmarks.hyperopt.descent import (
     images,
     temporary_bytes,
 )
+from benchmarks.hyperopt.part import Part
 from rbpjax import RBP, CGNormal, FixedPointIteration, Neumann
 
 TITLE = "The paper's set-up, step sizes and momenta through 100 steps (no fixed point)"
@@ -73,12 +71,12 @@ def implicit(f: Callable, rule: rbpjax.BackwardRule) -> Callable:
 
 METHODS: dict[str, Callable[[Callable], Callable]] = {
     "BPTT": lambda f: rbpjax.bptt(f, NUM_STEPS),
-    "TBPTT": lambda f: rbpjax.tbptt(f, NUM_STEPS, TRUNCATION),
+    "TBPTT": lambda f: rbpjax.bptt(f, NUM_STEPS, truncation=TRUNCATION),
     "RBP, uniform start": lambda f: implicit(
         f, RBP(FixedPointIteration(steps=TRUNCATION), seed=1234)
     ),
     "CG-RBP": lambda f: implicit(f, CGNormal(max_steps=TRUNCATION)),
-    "Neumann-RBP": lambda f: implicit(f, Neumann(TRUNCATION)),
+    "Neumann-RBP": lambda f: implicit(f, Neumann(steps=TRUNCATION)),
 }
 
 
@@ -153,7 +151,7 @@ def start(given: Given, seed: int) -> tuple[dict[str, Layers], Any]:
 
 
 def measure(
-    dataset: str, seeds: tuple[int, ...], num_steps: int, checkpoint: Checkpoint
+    dataset: str, seeds: tuple[int, ...], num_steps: int, checkpoints: Checkpoints
 ) -> dict[str, Any]:
     """All methods on all seeds."""
     problems = {seed: make(dataset, seed) for seed in seeds}
@@ -178,7 +176,7 @@ def measure(
         for seed, problem in problems.items():
             first, h0 = starts[seed]
             last, history, spent = descent.run(
-                f"{method} {seed}", problem, first, h0, num_steps, checkpoint
+                f"{method} {seed}", problem, first, h0, num_steps, checkpoints
             )
             histories.append(history)
             seconds.append(spent)
@@ -189,7 +187,7 @@ def measure(
                 cosines[point].append(cosine(got, exact))
         calls[method] = partial(estimate, params, given, h)
         result["methods"][method] = {
-            "history": collect(histories),
+            **summarize(collect(histories)),
             "seconds": seconds,
             "cosine": cosines,
             "temporary_bytes": temporary_bytes(estimate),
@@ -197,6 +195,28 @@ def measure(
     for method, times in interleaved_times(calls, 10).items():
         result["methods"][method]["step_seconds"] = spread(times)
     return result
+
+
+DRAWN = ("outer_loss", "forward_residual", "adjoint_residual")
+
+
+def summarize(histories: dict[str, Any]) -> dict[str, Any]:
+    """Measures ``[seed, step]`` as every seed's last, and median and range by step.
+
+    Of what is finite; a step with nothing finite has NaN.
+    """
+    arrays = {k: np.array(v, float) for k, v in histories.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of all-NaN columns
+        ranges = {
+            key: {
+                "median": np.nanmedian(arrays[key], 0),
+                "least": np.nanmin(arrays[key], 0),
+                "most": np.nanmax(arrays[key], 0),
+            }
+            for key in DRAWN
+        }
+    return {"end": {k: v[:, -1] for k, v in arrays.items()}, "history": ranges}
 
 
 def cosine(a: Any, b: Any) -> float:
@@ -222,7 +242,7 @@ def rows(result: dict[str, Any]) -> list[dict[str, str]]:
     made = []
     base = result["methods"]["BPTT"]["step_seconds"]["median"]
     for method, m in result["methods"].items():
-        end = {k: np.array(v, float)[:, -1] for k, v in m["history"].items()}
+        end = {k: np.array(v, float) for k, v in m["end"].items()}
         adjoint = np.median(end["adjoint_residual"])
         seconds = m["step_seconds"]["median"]
         made.append(
@@ -251,14 +271,15 @@ def draw(result: dict[str, Any], name: str) -> Any:
     fig, axes = figure(10.5, 3.2, ncols=3)
     for ax, (key, title) in zip(axes, panels.items(), strict=True):
         for i, (method, m) in enumerate(result["methods"].items()):
-            values = np.array(m["history"][key], float)
-            if not np.isfinite(values).any():
+            values = {k: np.array(v, float) for k, v in m["history"][key].items()}
+            if not np.isfinite(values["median"]).any():
                 continue  # BPTT solves no adjoint
-            middle = np.nanmedian(values, 0)
             style = {"color": f"C{i}", "ls": ("-", "--", "-.", ":", (0, (5, 1)))[i]}
-            ax.semilogy(middle, label=method, **style)
-            low, high = np.nanmin(values, 0), np.nanmax(values, 0)
-            ax.fill_between(range(len(low)), low, high, color=f"C{i}", alpha=0.1)
+            ax.semilogy(values["median"], label=method, **style)
+            steps = range(len(values["least"]))
+            ax.fill_between(
+                steps, values["least"], values["most"], color=f"C{i}", alpha=0.1
+            )
         ax.set(title=title, xlabel="meta-steps")
     axes[0].legend(fontsize=8)
     seeds = len(result["options"]["seeds"])
@@ -267,3 +288,6 @@ def draw(result: dict[str, Any], name: str) -> Any:
         f"{seeds} seeds"
     )
     return save_figure(fig, name)
+
+
+PART = Part(TITLE, NOTE, X64, STEPS, measure, rows, draw)

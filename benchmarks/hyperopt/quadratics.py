@@ -12,6 +12,7 @@ For gradient descent J = I - αH is symmetric, and so the plain conjugate gradie
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +21,11 @@ import numpy as np
 import optax
 
 import rbpjax
-from benchmarks.comparison.families import default_products
-from benchmarks.harness import Checkpoint, figure, progress, save_figure
+from benchmarks.comparison.products import Counter
+from benchmarks.harness.checkpoints import Checkpoints
+from benchmarks.harness.figures import figure, save_figure
+from benchmarks.harness.progress import progress
+from benchmarks.hyperopt.part import Part
 from rbpjax import (
     CG,
     GMRES,
@@ -53,8 +57,8 @@ TINY = 1e-15  # below what a rule can reach: it uses its budget
 MOST = 50_000  # products to the target
 
 
-# (budget of products, tolerance) -> rule; and products with J or Jᵀ a step.
-RULES: dict[str, tuple[Callable[[int, float], Any], int]] = {
+# (budget of products, tolerance) -> rule; and its products per step; None: counted.
+RULES: dict[str, tuple[Callable[[int, float], Any], int | None]] = {
     "RBP, uniform start": (
         lambda k, tol: RBP(
             FixedPointIteration(max_steps=k, tol=tol)
@@ -65,15 +69,17 @@ RULES: dict[str, tuple[Callable[[int, float], Any], int]] = {
         1,
     ),
     "Neumann": (
-        lambda k, tol: Neumann(tol=tol, max_steps=k) if tol > TINY else Neumann(k),
+        lambda k, tol: (
+            Neumann(tol=tol, max_steps=k) if tol > TINY else Neumann(steps=k)
+        ),
         1,
     ),
-    "RBP(Anderson)": (lambda k, tol: RBP(Anderson(5, k, tol)), 1),
-    "CGNormal": (lambda k, tol: CGNormal(k // 2, tol), 2),
-    "BiCGSTAB": (lambda k, tol: BiCGSTAB(k // 2, tol), 2),
-    "GMRES(20)": (lambda k, tol: GMRES(k, tol), 1),
-    "Adaptive": (lambda k, tol: Adaptive(tol, k), 0),
-    "CG, symmetric J": (lambda k, tol: CG(k, tol), 1),
+    "RBP(Anderson)": (lambda k, tol: RBP(Anderson(tol=tol, max_steps=k, memory=5)), 1),
+    "CGNormal": (lambda k, tol: CGNormal(tol=tol, max_steps=k // 2), 2),
+    "BiCGSTAB": (lambda k, tol: BiCGSTAB(tol=tol, max_steps=k // 2), 2),
+    "GMRES(20)": (lambda k, tol: GMRES(tol=tol, max_steps=k), 1),
+    "Adaptive": (lambda k, tol: Adaptive(tol=tol, max_steps=k), None),
+    "CG, symmetric J": (lambda k, tol: CG(tol=tol, max_steps=k), 1),
 }
 
 
@@ -120,48 +126,57 @@ def inner_loss(decay: jax.Array, given: Quadratic, w: jax.Array) -> jax.Array:
     return quadratic + 0.5 * jnp.sum(decay * w**2)
 
 
-def hypergradient(optimizer: str, name: str, rule: Any, given: Quadratic) -> dict:
-    """Relative error of the hypergradient, products, residual, and verdict."""
+def trained(optimizer: str, given: Quadratic) -> tuple[Callable, Any, Any]:
+    """The step, its fixed point, and the outer gradient there: ``(f, h*, g)``."""
     # optax has no trace in the state of plain gradient descent: J is then H's alone.
     momentum = given.momentum if optimizer == "momentum" else None
     make = lambda _: optax.sgd(given.rate, momentum)
     f = rbpjax.optimizer_step(inner_loss, make)
     h = (given.minimum, make(None).init(given.minimum))
-    g = jax.grad(lambda h: 0.5 * jnp.sum((h[0] - given.target) ** 2))(h)
-    (decay_bar, _), solution = rbpjax.rbp_vjp(f, given.decay, given, h, g, rule)
+    return f, h, jax.grad(lambda h: 0.5 * jnp.sum((h[0] - given.target) ** 2))(h)
+
+
+def hypergradient(optimizer: str, rule: Any, given: Quadratic) -> dict:
+    """Relative error of the hypergradient, steps, residual, and verdict."""
+    f, h, g = trained(optimizer, given)
+    (decay_bar, _), solution = rbpjax.rbp_vjp(
+        f, given.decay, given, h, g, backward=rule
+    )
     error = jnp.linalg.norm(decay_bar - given.exact) / jnp.linalg.norm(given.exact)
-    products = solution.num_steps * RULES[name][1]
-    if isinstance(rule, Adaptive):
-        _, vjp = jax.vjp(lambda h: f(given.decay, given, h), h)
-        products = default_products(rule, lambda v: vjp(v)[0], g)
     return {
         "error": error,
-        "products": products,
+        "products": solution.num_steps,
         "residual": solution.residual,
         "converged": solution.converged,
     }
 
 
+def counted(optimizer: str, rule: Any, problems: list[Quadratic]) -> np.ndarray:
+    """The products of each problem."""
+    count, found = Counter(rule), []
+    for given in problems:
+        f, h, g = trained(optimizer, given)
+        linear = jax.vjp(lambda h, f=f, p=given: f(p.decay, p, h), h)[1]
+        found.append(count(linear, g)[0])
+    return np.array(found)
+
+
 def measure(
-    dataset: str, seeds: tuple[int, ...], num_steps: int | None, checkpoint: Checkpoint
+    dataset: str,
+    seeds: tuple[int, ...],
+    num_steps: int | None,
+    checkpoints: Checkpoints,
 ) -> dict[str, Any]:
     """Every rule on every problem: error by budget, and products to a residual."""
-    del dataset, num_steps, checkpoint  # two minutes, and nothing is trained
+    del dataset, num_steps, checkpoints  # two minutes, and nothing is trained
     cases = [(o, r) for o in OPTIMIZERS for r in RULES if _applies(o, r)]
     result: dict[str, Any] = {"size": SIZE, "target": TARGET}
     result["budgets"] = PRODUCTS  # of steps for the default rule, else of products
     result["cases"] = {f"{o}, κ = {c}": {} for o in OPTIMIZERS for c in CONDITIONS}
     for optimizer, name in progress(cases, len(cases), "quadratics"):
-        problems = jax.tree.map(
-            lambda *x: jnp.stack(x),
-            *(draw_problem(c, optimizer, s) for c in CONDITIONS for s in seeds),
-        )
+        drawn = [draw_problem(c, optimizer, s) for c in CONDITIONS for s in seeds]
         make = RULES[name][0]
-
-        def solve(rule: Any, problems=problems, case=(optimizer, name)) -> dict:
-            run = jax.jit(jax.vmap(lambda p: hypergradient(*case, rule, p)))
-            return jax.tree.map(np.asarray, run(problems))
-
+        solve = partial(_solve, optimizer, name, drawn)
         by_budget = [solve(make(k, TINY)) for k in PRODUCTS]
         by_budget = {k: np.stack([b[k] for b in by_budget]) for k in by_budget[0]}
         target = solve(make(MOST, TARGET))
@@ -173,6 +188,19 @@ def measure(
                 "to_target": {k: v[part] for k, v in target.items()},
             }
     return result
+
+
+def _solve(
+    optimizer: str, name: str, problems: list[Quadratic], rule: Any
+) -> dict[str, np.ndarray]:
+    """A rule on all problems at once; products are counted one by one if need be."""
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *problems)
+    run = jax.jit(jax.vmap(lambda p: hypergradient(optimizer, rule, p)))
+    found = jax.tree.map(np.asarray, run(stacked))
+    cost = RULES[name][1]
+    if cost is None:
+        return found | {"products": counted(optimizer, rule, problems)}
+    return found | {"products": cost * found["products"]}
 
 
 def _applies(optimizer: str, rule: str) -> bool:
@@ -220,3 +248,6 @@ def draw(result: dict[str, Any], name: str) -> Any:
     seeds = len(result["options"]["seeds"])
     fig.suptitle(f"Quadratics, {result['size']} weights: median of {seeds} draws")
     return save_figure(fig, name)
+
+
+PART = Part(TITLE, NOTE, X64, STEPS, measure, rows, draw)

@@ -134,7 +134,7 @@ def million_steps(steps: int = 1_000_000) -> dict[str, bool]:
         ("rtrl", online.rtrl),
     ):
         est, start = make(cell, square), 0.1 * jnp.ones(units)
-        bounded = online.renormalize(est, 1e3)
+        bounded = online.combine.renormalize(est, 1e3)
         for title, one in (("", est), (", renormalized", bounded)):
             fine = stays_finite(one, chaos, start, steps)
             result[f"{name}, chaotic{title}"] = fine

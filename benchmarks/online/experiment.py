@@ -15,24 +15,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks.harness import (
-    Checkpoint,
-    environment,
-    interleaved_times,
-    mean_std,
-    read_json,
-    require,
-    say,
-    spread,
-    table,
-    temporary_bytes,
-    write_json,
-)
+from benchmarks.harness.checkpoints import Checkpoints
+from benchmarks.harness.measurement import interleaved_times, spread, temporary_bytes
+from benchmarks.harness.options import OneOf, Seeds, Within
+from benchmarks.harness.progress import say
+from benchmarks.harness.results import read_json, record, write_json
+from benchmarks.harness.tables import mean_std, table
 from benchmarks.online.balance import balance
 from benchmarks.online.figures import draw
 from benchmarks.online.learning import CHUNK, METHODS, compare, make_learner
@@ -55,53 +48,38 @@ LENGTHS = {"anbn": 400_000, "brackets": 160_000, "text": 208_000}
 class Online:
     """Streaming gradients: quality, cost, and the papers' tasks."""
 
-    parts: tuple[str, ...] = PARTS
+    name: ClassVar[str] = "online"
+
+    parts: Annotated[tuple[str, ...], OneOf(PARTS)] = PARTS
     """Any of quality, cost, balance, anbn, brackets, text."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Seeds = (0, 1, 2)
     """Seeds of weights, streams and signs."""
-    length: int | None = None
+    length: Annotated[int, Within(4 * CHUNK)] | None = None
     """Characters to read in the learning parts; default by task."""
     fresh: bool = False
     """Start over instead of resuming an interrupted run."""
 
     def run(self) -> None:
         """Runs the parts: JSON for each, the figures of all, tables."""
-        for part in self.parts:
-            require(part in PARTS, f"unknown part {part!r}; choose from {PARTS}")
-        require(bool(self.parts), f"no parts; choose from {', '.join(PARTS)}")
-        require(
-            len(set(self.seeds)) == len(self.seeds) > 0,
-            f"seeds must be one or more different numbers; got {list(self.seeds)}",
-        )
-        require(
-            self.length is None or self.length >= 4 * CHUNK,
-            f"length must be at least {4 * CHUNK}; got {self.length}",
-        )
         custom = "" if self == Online(parts=self.parts, fresh=self.fresh) else "-custom"
         for part in self.parts:
             options = {"seeds": self.seeds}
             if part in LEARNERS:
                 length = self.length or LENGTHS[part]
                 options |= {"length": length // CHUNK * CHUNK, "units": UNITS[part]}
-            checkpoint = Checkpoint(f"online-{part}", options, self.fresh)
+            checkpoints = Checkpoints(f"online-{part}", options, self.fresh)
             say(f"{part}: {options}")
-            path = write_json(
-                f"online-{part}{custom}",
-                {
-                    "experiment": f"online, {part}",
-                    "command": f"python -m benchmarks online --parts {part}",
-                    "options": options,
-                    "environment": environment(),
-                    **measure(part, options, checkpoint),
-                },
-            )
-            checkpoint.clear()
+            found = measure(part, options, checkpoints)
+            command = f"online --parts {part}"
+            content = record(f"online, {part}", command, options, **found)
+            path = write_json(f"online-{part}{custom}", content)
+            checkpoints.clear()
             say(show(part, read_json(path.stem)))
             written = [path, *draw(part, path.stem)]
             say("written: " + ", ".join(p.name for p in written))
 
 
-def measure(part: str, options: dict, checkpoint: Checkpoint) -> dict[str, Any]:
+def measure(part: str, options: dict, checkpoints: Checkpoints) -> dict[str, Any]:
     """The numbers of one part."""
     if part == "quality":
         return quality(options["seeds"])
@@ -117,7 +95,7 @@ def measure(part: str, options: dict, checkpoint: Checkpoint) -> dict[str, Any]:
         options["seeds"],
         options["length"],
         options["length"] // 5 // CHUNK * CHUNK,
-        checkpoint,
+        checkpoints,
     )
     return {
         "entropy": task.entropy,

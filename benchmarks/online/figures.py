@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import UsageError, figure, read_json, save_figure
+from benchmarks.harness.figures import figure, save_figure
+from benchmarks.harness.options import UsageError
+from benchmarks.harness.results import read_json
 from benchmarks.online.learning import METHODS, POINT
 
 STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.harness import Checkpoint, progress, say
+from benchmarks.harness.checkpoints import Checkpoints
+from benchmarks.harness.progress import say
+from benchmarks.harness.training import train
 from benchmarks.online.tasks import Task, gru, gru_params, rows
 from rbpjax import online
 
@@ -46,7 +48,8 @@ METHODS = {
     "rflo": Method("RFLO", online.rflo),
     "kf_rtrl": Method("KF-RTRL", online.kf_rtrl),
     "uoro16": Method(
-        "UORO, 16 copies", lambda f, loss: online.average(online.uoro(f, loss), 16)
+        "UORO, 16 copies",
+        lambda f, loss: online.combine.average(online.uoro(f, loss), 16),
     ),
     "kalman": Method(
         "Kalman NoBackTrack",
@@ -106,7 +109,7 @@ def learn(
     rate: float,
     seed: int,
     length: int,
-    checkpoint: Checkpoint,
+    checkpoints: Checkpoints,
 ) -> np.ndarray:
     """The curve of one run, bits a character in blocks of POINT; resumable."""
     method = METHODS[name]
@@ -116,13 +119,14 @@ def learn(
     key = jax.random.key(seed)
     start = learner.init(key), jnp.full((chunks, CHUNK // POINT), jnp.nan)
     label = f"{name}-{rate:g}-{seed}-{length}"
-    done, (state, curve) = checkpoint.restore(label, start)
-    for i in progress(range(done, chunks), chunks, label, done):
+
+    def block(saved: tuple, i: int) -> tuple:
+        state, curve = saved
         symbols = jnp.asarray(stream[i * CHUNK : (i + 1) * CHUNK + 1])
         state, bits = learner.chunk(state, symbols, jax.random.fold_in(key, i))
-        curve = curve.at[i].set(bits)
-        if i + 1 == chunks or i % SAVE == SAVE - 1:
-            checkpoint.save(label, i + 1, (state, curve))
+        return state, curve.at[i].set(bits)
+
+    _, curve = train(checkpoints, label, start, block, chunks, every=SAVE)
     return np.asarray(curve).reshape(-1)
 
 
@@ -139,13 +143,13 @@ def compare(
     seeds: tuple[int, ...],
     length: int,
     pilot: int,
-    checkpoint: Checkpoint,
+    checkpoints: Checkpoints,
 ) -> dict[str, Any]:
     """Curves of all methods and seeds, each method at the best rate of its pilot."""
     result = {}
     for name in methods:
         start = time.perf_counter()
-        run = partial(learn, name, task, units, checkpoint=checkpoint)
+        run = partial(learn, name, task, units, checkpoints=checkpoints)
         pilots = {r: tail(run(rate=r, seed=seeds[0], length=pilot)) for r in RATES}
         rate = min(pilots, key=pilots.__getitem__)
         chosen = () if name in PILOT_ONLY else seeds

@@ -9,16 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import data
+from benchmarks.data.fetch import fetch
 from rbpjax import online
-
-TEXT_URL = (
-    "https://raw.githubusercontent.com/pytorch/examples/"
-    "77f55b912142e11fcfdf5b530231fb9c52f181e8/word_language_model/data/wikitext-2/"
-    # There the file is called valid.txt; what follows a question mark is not looked at.
-    "valid.txt?as="
-)
-TEXT_SHA256 = "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8"
 
 
 class Task(NamedTuple):
@@ -52,7 +44,7 @@ def brackets(seed: int, length: int) -> np.ndarray:
 
 def text_task() -> Task:
     """WikiText-2's validation text, character by character, from its beginning."""
-    path = data.fetch("wikitext2", "wiki.valid.txt", TEXT_URL, TEXT_SHA256)
+    path = fetch("wikitext2/wiki.valid.txt")
     raw = path.read_text(encoding="utf-8")
     characters, counts = np.unique(list(raw), return_counts=True)
     kept = characters[counts >= 100]  # all others become one symbol

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.harness import interleaved_times, spread, temporary_bytes
+from benchmarks.harness.measurement import interleaved_times, spread, temporary_bytes
 from benchmarks.perturb.learning import SAMPLES, Method, gradient, methods
 from rbpjax import perturb
 
@@ -24,15 +24,15 @@ def loss(out: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def data(units: int, steps: int, *rows: int) -> tuple[Any, ...]:
-    """Parameters, a first state, inputs and targets, ten inputs and ten outputs."""
+    """Parameters, inputs, a first state and targets, ten inputs and ten outputs."""
     keys = jax.random.split(jax.random.key(0), 4)
     draw = jax.random.normal
-    params = perturb.DenseCell().init(keys[0], 10, units, 10)
+    params = perturb.DenseCell().init(keys[0], inputs=10, units=units, outputs=10)
     h0 = 0.1 * draw(keys[1], (*rows, units))
     return (
         params,
-        h0,
         draw(keys[2], (steps, *rows, 10)),
+        h0,
         draw(keys[3], (steps, *rows, 10)),
     )
 
@@ -45,7 +45,7 @@ def many(repetitions: int) -> dict[str, Any]:
     """
     size = MANY
     cell, steps, units = perturb.DenseCell(), size["steps"], size["units"]
-    params, h0, xs, ys = data(units, steps)
+    params, xs, h0, ys = data(units, steps)
     rows, chunk = size["samples"] // size["chunk"], size["chunk"]
     starts = 0.1 * jax.random.normal(jax.random.key(8), (rows, chunk, units))
     silent = perturb.Nodes(jnp.zeros(units), jnp.zeros(10))
@@ -63,14 +63,18 @@ def many(repetitions: int) -> dict[str, Any]:
 
     rules = {
         "NP": perturb.NodePerturbation,
-        "NP, normal noise": partial(perturb.NodePerturbation, noise=perturb.normal),
+        "NP, normal noise": partial(
+            perturb.NodePerturbation, noise=perturb.noise.normal
+        ),
         "ANP": perturb.ActivityPerturbation,
         "ANP, one norm a sequence": partial(
-            perturb.ActivityPerturbation, norm=perturb.per_sequence
+            perturb.ActivityPerturbation, norm=perturb.norm.per_sequence
         ),
     }
-    make = lambda rule, k: perturb.recurrent_value_and_grad(cell, loss, rule(k, chunk))
-    arguments = (jax.random.key(7), params, h0, xs, ys)
+    make = lambda rule, k: perturb.recurrent_value_and_grad(
+        cell, loss, rule(num_samples=k, chunk=chunk)
+    )
+    arguments = (jax.random.key(7), params, xs, h0, ys)
     calls: dict[str, Callable] = {
         "bare passes": partial(jax.jit(bare), params, starts, xs, ys)
     }
@@ -100,12 +104,12 @@ def by_units(repetitions: int) -> dict[str, Any]:
     """Seconds and memory of one gradient against units, for every method."""
     result: dict[str, dict[str, Any]] = {}
     for units in SIZES:
-        params, h0, xs, ys = data(units, STEPS, EXAMPLES)
+        params, xs, h0, ys = data(units, STEPS, EXAMPLES)
         calls, memory = {}, {}
         for name in ("bptt", "tbptt1", "wp", "np", "anp"):
             method: Method = methods(units, 10, 10)[name]
             f = gradient(method, perturb.DenseCell())
-            arguments = (jax.random.key(1), params, h0, xs, ys)
+            arguments = (jax.random.key(1), params, xs, h0, ys)
             calls[name] = partial(jax.jit(f), *arguments)
             memory[name] = temporary_bytes(f, *arguments)
         for name, t in interleaved_times(calls, repetitions).items():

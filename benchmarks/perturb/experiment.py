@@ -13,22 +13,16 @@ validation seed with data of its own; the score is measured on data never traine
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
-from benchmarks.harness import (
-    Checkpoint,
-    environment,
-    figure,
-    mean_std,
-    read_json,
-    require,
-    save_figure,
-    say,
-    table,
-    write_json,
-)
+from benchmarks.harness.checkpoints import Checkpoints
+from benchmarks.harness.figures import figure, save_figure
+from benchmarks.harness.options import OneOf, Seeds, Within, require
+from benchmarks.harness.progress import say
+from benchmarks.harness.results import read_json, record, write_json
+from benchmarks.harness.tables import mean_std, table
 from benchmarks.perturb.costs import SIZES, by_units, many
 from benchmarks.perturb.learning import ARMS, SAMPLES, Setting, compare, methods
 from benchmarks.perturb.tasks import VALIDATION_SEED, make
@@ -43,67 +37,50 @@ SCALED = ("bptt", "tbptt1", "wp", "np", "anp")
 class Perturb:
     """Forward-only gradients: learning, scaling and cost."""
 
-    parts: tuple[str, ...] = PARTS
+    name: ClassVar[str] = "perturb"
+
+    parts: Annotated[tuple[str, ...], OneOf(PARTS)] = PARTS
     """Any of forecast, recall, copying, weather, scaling, cost."""
-    methods: tuple[str, ...] = ARMS
+    methods: Annotated[tuple[str, ...], OneOf(ARMS)] = ARMS
     """Arms of the tasks: a method's name, with +d for decorrelated."""
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    seeds: Seeds = (0, 1, 2, 3, 4)
     """Seeds of weights, data and noise."""
-    budget: int = 8_000
+    budget: Annotated[int, Within(320)] = 8_000
     """Forward passes of a batch, for each run of a task."""
-    units: int = 100
+    units: Annotated[int, Within(2)] = 100
     """Units of the tasks' network."""
     fresh: bool = False
     """Start over instead of resuming an interrupted run."""
 
     def run(self) -> None:
         """Runs the parts: a JSON and a figure for each."""
-        self.check()
+        require(
+            VALIDATION_SEED not in self.seeds,
+            f"--seeds: not {VALIDATION_SEED}, it is for validation",
+        )
         standard = Perturb(parts=self.parts, fresh=self.fresh)
         custom = "" if self == standard else "-custom"
         for part in self.parts:
             options = {"seeds": self.seeds, "budget": self.budget}
             options |= {"units": self.units, "methods": self.methods, "grid": GRID}
-            checkpoint = Checkpoint(f"perturb-{part}", options, self.fresh)
-            content = {
-                "experiment": f"perturb, {part}",
-                "command": f"python -m benchmarks perturb --parts {part}",
-                "options": {} if part == "cost" else options,
-                "environment": environment(),
-                **self.measure(part, checkpoint),
-            }
+            checkpoints = Checkpoints(f"perturb-{part}", options, self.fresh)
+            found = self.measure(part, checkpoints)
+            kept = {} if part == "cost" else options
+            content = record(
+                f"perturb, {part}", f"perturb --parts {part}", kept, **found
+            )
             path = write_json(f"perturb-{part}{custom}", content)
-            checkpoint.clear()
+            checkpoints.clear()
             result = read_json(path.stem)
             say(show(part, result))
             say(f"written: {path.name}, {draw(part, result, path.stem).name}")
 
-    def check(self) -> None:
-        """Raises UsageError for options that make no sense."""
-        require(
-            bool(self.parts) and set(self.parts) <= set(PARTS),
-            f"--parts: any of {', '.join(PARTS)}; got {list(self.parts)}",
-        )
-        require(
-            bool(self.methods) and set(self.methods) <= set(ARMS),
-            f"--methods: any of {', '.join(ARMS)}; got {list(self.methods)}",
-        )
-        require(
-            len(set(self.seeds)) == len(self.seeds) > 0
-            and VALIDATION_SEED not in self.seeds
-            and min(self.seeds) >= 0,
-            f"--seeds: different numbers of at least 0, not {VALIDATION_SEED} (it is "
-            f"for validation); got {list(self.seeds)}",
-        )
-        require(self.budget >= 320, f"--budget: at least 320; got {self.budget}")
-        require(self.units >= 2, f"--units: at least 2; got {self.units}")
-
-    def measure(self, part: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    def measure(self, part: str, checkpoints: Checkpoints) -> dict[str, Any]:
         """The numbers of one part."""
         if part == "cost":
             return {"many": many(9), "by_units": by_units(5)}
         if part == "scaling":
-            return {"sizes": self.scale(checkpoint)}
+            return {"sizes": self.scale(checkpoints)}
         setting = Setting(part, self.units, 16, self.budget, 1e-3)
         task = make(part, self.seeds[0])
         return {
@@ -112,11 +89,11 @@ class Perturb:
             "measure": task.measure,
             "naive": task.naive,
             "methods": compare(
-                setting, self.methods, self.seeds, GRID, 0.5, checkpoint
+                setting, self.methods, self.seeds, GRID, 0.5, checkpoints
             ),
         }
 
-    def scale(self, checkpoint: Checkpoint) -> dict[str, Any]:
+    def scale(self, checkpoints: Checkpoints) -> dict[str, Any]:
         """Final scores against units, at an eighth of the tasks' budget."""
         arms = [m for m in SCALED if m in self.methods]
         result = {}
@@ -131,7 +108,7 @@ class Perturb:
                     self.seeds,
                     GRID[:4],
                     0.5,
-                    checkpoint,
+                    checkpoints,
                 ),
             }
         return result

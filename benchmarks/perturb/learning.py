@@ -12,7 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.harness import Checkpoint, mean_std, progress, say
+from benchmarks.harness.checkpoints import Checkpoints
+from benchmarks.harness.progress import say
+from benchmarks.harness.tables import mean_std
+from benchmarks.harness.training import train
 from benchmarks.perturb import tasks as perturb_tasks
 from rbpjax import perturb
 
@@ -37,9 +40,11 @@ class Method(NamedTuple):
 def methods(units: int, inputs: int, outputs: int) -> dict[str, Method]:
     """All methods by name."""
     total = units + inputs + outputs
-    fields = dict(num_samples=SAMPLES, difference=perturb.OneSided(1e-4))
+    fields = dict(
+        num_samples=SAMPLES, difference=perturb.difference.OneSided(sigma=1e-4)
+    )
     node, activity = perturb.NodePerturbation, perturb.ActivityPerturbation
-    now = dict(credit=perturb.instant)
+    now = dict(credit=perturb.credit.instant)
     return {
         "bptt": Method("BPTT"),
         "tbptt1": Method("TBPTT(1)", truncated=True),
@@ -75,7 +80,7 @@ def squared(out: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def gradient(method: Method, cell: perturb.DenseCell) -> Callable:
-    """``(key, params, h0, xs, ys) -> (value, grads)``."""
+    """``(key, params, xs, h0, ys) -> (value, grads)``."""
     loss = (lambda o, y: jnp.mean(squared(o, y))) if method.scalar else squared
     if method.rule is not None:
         return perturb.recurrent_value_and_grad(cell, loss, method.rule)
@@ -83,8 +88,8 @@ def gradient(method: Method, cell: perturb.DenseCell) -> Callable:
     def cut(params: Any, x: Any, h: Any, noise: Any) -> Any:
         return cell(params, x, jax.lax.stop_gradient(h), noise)
 
-    def total(params: Any, h0: Any, xs: Any, ys: Any) -> jax.Array:
-        run = perturb.unroll(cut if method.truncated else cell, params, h0, xs)
+    def total(params: Any, xs: Any, h0: Any, ys: Any) -> jax.Array:
+        run = perturb.unroll(cut if method.truncated else cell, params, xs, h0)
         return jnp.mean(jax.vmap(squared)(run.outputs, ys))  # Adam knows no scale
 
     def value_and_grad(key: Any, *data: Any) -> Any:
@@ -94,13 +99,13 @@ def gradient(method: Method, cell: perturb.DenseCell) -> Callable:
     return value_and_grad
 
 
-def train(
+def learn(
     setting: Setting,
     arm: str,
     seeds: tuple[int, ...],
     rates: tuple[float, ...],
     fraction: float,
-    checkpoint: Checkpoint,
+    checkpoints: Checkpoints,
 ) -> np.ndarray:
     """Scores ``[BLOCKS + 1, runs]`` of runs with those seeds and step sizes."""
     name, decorrelated = arm.removesuffix("+d"), arm.endswith("+d")
@@ -114,16 +119,18 @@ def train(
 
     def start(seed: jax.Array) -> tuple:
         key = jax.random.fold_in(jax.random.key(17), seed)
-        params = perturb.DenseCell().init(key, inputs, setting.units, outputs)
+        params = perturb.DenseCell().init(
+            key, inputs=inputs, units=setting.units, outputs=outputs
+        )
         return params, adam.init(params), rule.init(setting.units, jnp.float32)
 
     def update(state: tuple, data: tuple) -> tuple[tuple, None]:
         params, moments, matrix, rate = state
         key, xs, ys = data
         cell = perturb.DenseCell(decorrelation=matrix if decorrelated else None)
-        _, grads = gradient(method, cell)(key, params, h0, xs, ys)
+        _, grads = gradient(method, cell)(key, params, xs, h0, ys)
         if decorrelated:
-            nodes = perturb.unroll(cell, params, h0, xs).nodes
+            nodes = perturb.unroll(cell, params, xs, h0).nodes
             matrix = rule.update(matrix, jnp.tanh(nodes.recurrent))
         steps, moments = adam.update(grads, moments)
         params = jax.tree.map(lambda p, s: p - rate * s, params, steps)
@@ -132,7 +139,7 @@ def train(
     def score(state: tuple, test: tuple) -> jax.Array:
         cell = perturb.DenseCell(decorrelation=state[2] if decorrelated else None)
         zero = jnp.zeros((test[0].shape[1], setting.units))
-        run = perturb.unroll(cell, state[0], zero, test[0])
+        run = perturb.unroll(cell, state[0], test[0], zero)
         return tasks[0].score(run.outputs, test[1])
 
     @jax.jit
@@ -152,20 +159,20 @@ def train(
     label = (
         f"{setting.units}-{arm}-{'-'.join(map(str, seeds))}-{fraction:g}-{rates[0]:g}"
     )
-    done, (states, curve) = checkpoint.restore(label, (states, curve))
-    for i in progress(range(done, BLOCKS), BLOCKS, f"{setting.task} {label}", done):
-        keys = jnp.stack(
-            [
-                jax.random.split(jax.random.fold_in(jax.random.key(s), i), (updates, 2))
-                for s in seeds
-            ]
+
+    def advance(saved: tuple, i: int) -> tuple:
+        states, curve = saved
+        split = lambda s: jax.random.split(
+            jax.random.fold_in(jax.random.key(s), i), (updates, 2)
         )
+        keys = jnp.stack([split(s) for s in seeds])
         drawn = [draw(keys[j, :, 0]) for j, draw in enumerate(draws)]
         batches = jax.tree.map(lambda *a: jnp.stack(a), *drawn)
         states = block(states, jnp.array(rates), keys[:, :, 1], batches)
-        curve = curve.at[i + 1].set(scores(states, tests))
-        if i % 5 == 4:
-            checkpoint.save(label, i + 1, (states, curve))
+        return states, curve.at[i + 1].set(scores(states, tests))
+
+    first, shown = (states, curve), f"{setting.task} {label}"
+    _, curve = train(checkpoints, label, first, advance, BLOCKS, every=5, label=shown)
     return np.asarray(curve)
 
 
@@ -175,7 +182,7 @@ def compare(
     seeds: tuple[int, ...],
     grid: tuple[float, ...],
     pilot: float,
-    checkpoint: Checkpoint,
+    checkpoints: Checkpoints,
 ) -> dict[str, Any]:
     """Curves of all arms and seeds, each arm at the best step size of its pilot.
 
@@ -184,7 +191,7 @@ def compare(
     result = {}
     for arm in arms:
         began = time.perf_counter()
-        run = partial(train, setting, arm, checkpoint=checkpoint)
+        run = partial(learn, setting, arm, checkpoints=checkpoints)
         validation = (perturb_tasks.VALIDATION_SEED,) * len(grid)
         pilots = run(seeds=validation, rates=grid, fraction=pilot)[-3:].mean(0)
         best = int(np.nanargmin(np.where(np.isfinite(pilots), pilots, np.inf)))

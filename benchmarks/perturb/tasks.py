@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import data
+from benchmarks.data import weather as hours
 
 LAG, WINDOW, DROPPED = 15, 60, 1500
 SYMBOLS, COPIED, BLANKS = 8, 5, 10
@@ -140,7 +140,7 @@ def copying(seed: int) -> Task:
 
 def weather(seed: int) -> Task:
     """Training hours come first, then 2,000 for validation, then 1,464 for tests."""
-    values, names = data.weather()
+    values, names = hours.weather()
     kept = [i for i, name in enumerate(names) if "Celsius" not in name]
     target = [names[i] for i in kept].index("DryBulbFarenheit")
     values = values[:, kept]

@@ -11,19 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.harness import interleaved_times, spread, temporary_bytes
-from rbpjax.unitary import (
-    HistoryReport,
-    Inverse,
-    Replay,
-    UnitaryCell,
-    conv_exp,
-    fourier_kernel,
-    identity,
-    modulus,
-    recomputed_scan,
-    saturate,
-)
+from benchmarks.harness.measurement import interleaved_times, spread, temporary_bytes
+from rbpjax.unitary import UnitaryCell, conv_exp, fourier_kernel, recomputed_scan
+from rbpjax.unitary.activation import identity, modulus, saturate
+from rbpjax.unitary.history import HistoryReport, Inverse, Replay
 
 # --- cost ----------------------------------------------------------------------------
 
@@ -37,7 +28,12 @@ def cost(largest: int) -> dict[str, Any]:
     for title, (channels, is_complex) in cases.items():
         result[title] = {}
         for side in sides if channels is None else sides[:-2]:
-            cell = UnitaryCell((side, side), channels, is_complex, identity)
+            cell = UnitaryCell(
+                lattice=(side, side),
+                channels=channels,
+                complex_valued=is_complex,
+                activation=identity,
+            )
             weights = jax.jit(partial(cell.init, radius=1))(jax.random.key(0))
             kernel = weights.kernel
             if is_complex:
@@ -75,11 +71,25 @@ def norm_networks(key: jax.Array) -> dict[str, tuple[Callable, jax.Array]]:
     shape = (64, 8)
     real = jax.random.normal(keys[0], shape)
     cells = {
-        "unitary, linear": (UnitaryCell((64,), activation=identity), 1.0),
-        "unitary, linear, float32": (UnitaryCell((64,), activation=identity), 1.0),
-        "orthogonal, modulus": (UnitaryCell((64,), 8, False, modulus), 1.0),
-        "unitary, φ at amplitude 1": (UnitaryCell((64,), activation=saturate), 1.0),
-        "unitary, φ at amplitude 0.01": (UnitaryCell((64,), activation=saturate), 0.01),
+        "unitary, linear": (UnitaryCell(lattice=(64,), activation=identity), 1.0),
+        "unitary, linear, float32": (
+            UnitaryCell(lattice=(64,), activation=identity),
+            1.0,
+        ),
+        "orthogonal, modulus": (
+            UnitaryCell(
+                lattice=(64,), channels=8, complex_valued=False, activation=modulus
+            ),
+            1.0,
+        ),
+        "unitary, φ at amplitude 1": (
+            UnitaryCell(lattice=(64,), activation=saturate),
+            1.0,
+        ),
+        "unitary, φ at amplitude 0.01": (
+            UnitaryCell(lattice=(64,), activation=saturate),
+            0.01,
+        ),
     }
     made: dict[str, tuple[Callable, jax.Array]] = {}
     for title, (cell, amplitude) in cells.items():
@@ -145,7 +155,7 @@ def memory(longest: int) -> dict[str, Any]:
     result: dict[str, Any] = {}
     with jax.enable_x64(True):
         for title, activation in (("linear", identity), ("modulus", modulus)):
-            cell = UnitaryCell((64,), activation=activation)
+            cell = UnitaryCell(lattice=(64,), activation=activation)
             weights = cell.init(jax.random.key(0), radius=2)
             h0 = jax.random.normal(jax.random.key(1), (64, 2))
             h0 = jax.lax.complex(h0[:, 0], h0[:, 1])
@@ -201,8 +211,10 @@ def histories(cell: UnitaryCell, steps: int) -> dict[str, Callable]:
         )[0]
 
     made = {"stored": stored, "checkpointed (√T)": checkpointed}
-    made["Replay(32)"] = partial(recomputed, Replay(32))
+    made["Replay(32)"] = partial(recomputed, Replay(slots=32))
     if cell.activation.inverse is not None:
-        made["Inverse"] = partial(recomputed, Inverse(cell.inverse))
-        made["Inverse, 10 anchors"] = partial(recomputed, Inverse(cell.inverse, 10))
+        made["Inverse"] = partial(recomputed, Inverse(inverse=cell.inverse))
+        made["Inverse, 10 anchors"] = partial(
+            recomputed, Inverse(inverse=cell.inverse, anchors=10)
+        )
     return made

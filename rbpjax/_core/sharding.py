@@ -9,6 +9,7 @@ numbers, must be given the type of the data that it will meet.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 from jax import lax
@@ -24,10 +25,10 @@ def _pcast(x: jax.Array, axes: tuple) -> jax.Array:
     """``x`` as an array that varies over ``axes`` too."""
     if hasattr(lax, "pcast"):
         return lax.pcast(x, axes, to="varying")
-    return lax.pvary(x, axes)
+    return getattr(lax, "pvary")(x, axes)  # noqa: B009
 
 
-def varying_axes(avals: Iterable[jax.core.AbstractValue]) -> frozenset:
+def varying_axes(avals: Iterable[Any]) -> frozenset:
     """The ``shard_map`` axes over which arrays of these types vary."""
     return frozenset().union(
         # JAX 0.12 moved the set of varying axes.

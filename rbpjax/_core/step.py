@@ -38,7 +38,9 @@ def convert(f: Callable[..., PyTree], *examples: PyTree) -> Closed:
 
     Without it ``custom_vjp`` could not give the arrays that f closes over gradients.
     """
-    jaxpr, out = jax.make_jaxpr(f, return_shape=True)(*examples)
+    # A function of its own for each trace: JAX remembers traces by function, and what f
+    # reads from outside may have changed since.
+    jaxpr, out = jax.make_jaxpr(lambda *args: f(*args), return_shape=True)(*examples)
     treedef = jax.tree.structure(out)
 
     def call(consts: tuple, *args: PyTree) -> PyTree:
@@ -72,15 +74,25 @@ def close(
     return step, (closed.consts, params, inputs), h
 
 
-def as_state(h: PyTree, name: str = "h0") -> PyTree:
-    """The state with strongly typed arrays for leaves; ValueError if it is none."""
-    h = jax.tree.map(lambda leaf: _state_leaf(leaf, name), h)
+def as_state(h: PyTree, name: str = "h0", *, mixed: bool = False) -> PyTree:
+    """The state with strongly typed arrays for leaves; ValueError if it is none.
+
+    With ``mixed`` integers and keys may stand beside the floating-point leaves.
+    """
+    h = jax.tree.map(lambda leaf: _state_leaf(leaf, name, mixed), h)
     if not jax.tree.leaves(h):
         raise ValueError(f"`{name}` must have at least one array; got {h!r}.")
     return h
 
 
-def check_like(x: PyTree, like: PyTree, name: str, like_name: str) -> None:
+def check_like(
+    x: PyTree,
+    like: PyTree,
+    name: str,
+    like_name: str,
+    remedy: str = "A step that returns (h, output) must select h; one that promotes "
+    "the dtype must cast its result back.",
+) -> None:
     """Raises ValueError unless both have the same structure, shapes and dtypes."""
     show = lambda t: jax.tree.map(lambda a: jax.typeof(a).str_short(), t)
     describe = lambda t: jax.tree.map(lambda a: (jnp.shape(a), jnp.result_type(a)), t)
@@ -92,8 +104,7 @@ def check_like(x: PyTree, like: PyTree, name: str, like_name: str) -> None:
     if not same:
         raise ValueError(
             f"{name} must have the structure, shapes and dtypes of {like_name}; got "
-            f"{shown} for {show(like)}. A step that returns (h, output) must select h; "
-            "one that promotes the dtype must cast its result back."
+            f"{shown} for {show(like)}. {remedy}"
         )
 
 
@@ -117,7 +128,7 @@ def _is_float(x: object) -> bool:
     return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
-def _state_leaf(x: object, name: str) -> jax.Array:
+def _state_leaf(x: object, name: str, mixed: bool) -> jax.Array:
     """A leaf of the state as a strongly typed array; ValueError if it is not real."""
     try:
         x = jnp.asarray(x)
@@ -126,9 +137,10 @@ def _state_leaf(x: object, name: str) -> jax.Array:
             f"`{name}` must be a pytree of arrays; got a leaf of type "
             f"{type(x).__name__}. Put what is not an array into f itself."
         ) from None
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
+    if not mixed and not jnp.issubdtype(x.dtype, jnp.inexact):
         raise ValueError(
             f"`{name}` must be made of floating-point or complex arrays; got {x.dtype}"
             f"{list(x.shape)}. Cast it, or move integers and keys into `inputs`."
         )
-    return lax.convert_element_type(x, x.dtype) if x.weak_type else x
+    # Keys have no weak type.
+    return lax.convert_element_type(x, x.dtype) if getattr(x, "weak_type", 0) else x

@@ -4,12 +4,13 @@ A field says with its specifier what it may be::
 
     @strategy
     class Neumann:
-        tol: float | None = tolerance()
-        max_steps: int = count(1000)
-        damping: float = real(0.0, below=1.0)
+        tol: float | None = tolerance(default=None)
+        max_steps: int = count(default=1000)
+        damping: float = real(default=0.0, below=1.0)
 
 and the instance is called, compared, hashed and printed by value. Options are given by
-name, but for a strategy in a strategy, a ``part``, as in ``RBP(Anderson())``.
+name, but for a strategy in a strategy, as in ``RBP(Anderson())``, whose field is
+declared ``kw_only=False``. Type checkers read ``default=`` and ``kw_only=`` there.
 """
 
 from __future__ import annotations
@@ -23,82 +24,82 @@ from typing import Any, TypeVar, dataclass_transform
 import jax
 
 T = TypeVar("T")
-Check = Callable[[object], bool]
+Check = Callable[[Any], bool]
 
 REQUIRED: Any = dataclasses.MISSING
 """In the place of a default: the option must be given."""
 
 
 def option(
-    default: Any, check: Check, meaning: str, *, excludes: str = "", part: bool = False
+    *,
+    default: Any = REQUIRED,
+    check: Check,
+    meaning: str,
+    excludes: str = "",
+    kw_only: bool = True,
 ) -> Any:
     """A field whose value must pass ``check``; ``meaning`` says in words what it is.
 
-    ``excludes`` names another option that may not be given beside this one.
+    None passes where it is the default. ``excludes`` names another option that may not
+    be given beside this one.
     """
-    metadata = {"check": check, "meaning": meaning, "excludes": excludes}
-    return dataclasses.field(default=default, kw_only=not part, metadata=metadata)
+    optional = (lambda x: x is None or check(x)) if default is None else check
+    metadata = {"check": optional, "meaning": meaning, "excludes": excludes}
+    return dataclasses.field(default=default, kw_only=kw_only, metadata=metadata)
 
 
-def count(default: Any = REQUIRED, *, minimum: int = 1, excludes: str = "") -> Any:
-    """A Python int of at least ``minimum``; None as well where it is the default."""
-
-    def check(value: object) -> bool:
-        return _is_number(value, int) and value >= minimum
-
-    meaning = f"a Python int of at least {minimum}"
-    return option(default, _or_none(default, check), meaning, excludes=excludes)
+def count(*, default: Any = REQUIRED, minimum: int = 1, excludes: str = "") -> Any:
+    """A Python int of at least ``minimum``."""
+    return option(
+        default=default,
+        check=lambda x: _is_number(x, int) and x >= minimum,
+        meaning=f"a Python int of at least {minimum}",
+        excludes=excludes,
+    )
 
 
 def real(
-    default: Any = REQUIRED,
     *,
+    default: Any = REQUIRED,
     minimum: float = 0.0,
     maximum: float = math.inf,
     above: float = -math.inf,
     below: float = math.inf,
 ) -> Any:
     """A Python number in [minimum, maximum], and strictly between above and below."""
-
-    def check(value: object) -> bool:
-        return (
-            _is_number(value, int, float)
-            and max(minimum, above) <= value <= maximum
-            and above < value < below
-        )
-
     left = f"({above}" if above >= minimum else f"[{minimum}"
     right = f"{maximum}]" if maximum < below else f"{below})"
-    meaning = f"a Python number in {left}, {right}"
-    return option(default, _or_none(default, check), meaning)
+    within = lambda x: minimum <= x <= maximum and above < x < below
+    return option(
+        default=default,
+        check=lambda x: _is_number(x, int, float) and within(x),
+        meaning=f"a Python number in {left}, {right}",
+    )
 
 
-def tolerance(default: float | None = None, *, excludes: str = "") -> Any:
+def tolerance(*, default: float | None = None, excludes: str = "") -> Any:
     """A relative tolerance: a Python number in [0, 1), or None for the default one."""
+    return option(
+        default=default,
+        check=lambda x: x is None or (_is_number(x, int, float) and 0 <= x < 1),
+        meaning="a relative tolerance, a Python number in [0, 1), or None",
+        excludes=excludes,
+    )
 
-    def check(value: object) -> bool:
-        return value is None or (_is_number(value, int, float) and 0 <= value < 1)
 
-    meaning = "a Python number in [0, 1), relative, or None for the default tolerance"
-    return option(default, check, meaning, excludes=excludes)
-
-
-def switch(default: bool) -> Any:
+def switch(*, default: bool) -> Any:
     """True or False."""
-    return option(default, lambda value: isinstance(value, bool), "True or False")
+    return option(
+        default=default, check=lambda x: isinstance(x, bool), meaning="True or False"
+    )
 
 
 def function(
-    default: Any = REQUIRED, *, meaning: str, part: bool = False, call: str = ""
+    *, default: Any = REQUIRED, meaning: str, call: str = "", kw_only: bool = True
 ) -> Any:
-    """A callable, described by ``meaning``; None as well where it is the default.
-
-    With ``part`` it is a strategy in a strategy, which may be given without a name.
-    ``call`` is how it is called, of which the number of arguments is checked no
-    further: callables are the caller's own affair.
-    """
+    """A callable, described by ``meaning``, and by ``call``, how it is called."""
     meaning = f"{meaning}, called as {call}" if call else meaning
-    return option(default, _or_none(default, callable), meaning, part=part)
+    return option(default=default, check=callable, meaning=meaning, kw_only=kw_only)
 
 
 @dataclass_transform(
@@ -188,8 +189,3 @@ def _take_names_only(cls: type) -> None:
 
 def _is_number(value: object, *kinds: type) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool)
-
-
-def _or_none(default: object, check: Check) -> Check:
-    """``check``, or None as well where None is the default."""
-    return (lambda value: value is None or check(value)) if default is None else check

@@ -1,1 +1,24 @@
-"""Whether a fixed point can be differentiated, how well, and by which rule."""
+"""Whether a fixed point can be differentiated, how well, and by which rule.
+
+``diagnose`` answers in words and numbers; the others are the numbers one by one.
+"""
+
+from rbpjax.diagnostics.diagnose import Diagnosis, diagnose
+from rbpjax.diagnostics.errors import (
+    adjoint_residual,
+    gradient_error_bound,
+    loop_cut_error,
+    neumann_error_bound,
+)
+from rbpjax.diagnostics.spectrum import jacobian_norm, spectral_radius
+
+__all__ = [
+    "Diagnosis",
+    "adjoint_residual",
+    "diagnose",
+    "gradient_error_bound",
+    "jacobian_norm",
+    "loop_cut_error",
+    "neumann_error_bound",
+    "spectral_radius",
+]

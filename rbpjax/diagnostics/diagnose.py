@@ -4,29 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from rbpjax._core import tree
-from rbpjax._core.step import close
-from rbpjax.diagnostics.spectrum import (
-    growth,
-    growth_rate,
-    loop_cut,
-    singular_range,
-)
+from rbpjax._core.convolution import channels_last
+from rbpjax._core.step import ClosedStep, close
+from rbpjax.diagnostics.errors import loop_cut
+from rbpjax.diagnostics.spectrum import growth, growth_rate, singular_range
 from rbpjax.fixed_point.backward.adaptive import Adaptive
-from rbpjax.fixed_point.backward.cg_normal import BiCGSTAB, CGNormal
+from rbpjax.fixed_point.backward.bicgstab import BiCGSTAB
+from rbpjax.fixed_point.backward.cg_normal import CGNormal
 from rbpjax.fixed_point.backward.gmres import GMRES
-from rbpjax.fixed_point.backward.neumann import RBP, Neumann
+from rbpjax.fixed_point.backward.neumann import Neumann
+from rbpjax.fixed_point.backward.rbp import RBP
 from rbpjax.fixed_point.backward.rule import apply_rule
 from rbpjax.fixed_point.forward.anderson import Anderson
-from rbpjax.fixed_point.forward.iteration import relative_change
-from rbpjax.fixed_point.hoisting import hoist_linear
-from rbpjax.types import BackwardRule, PyTree, StepFn
+from rbpjax.fixed_point.iterate import relative_change
+from rbpjax.types import BackwardRule, PyTree, Status, StepFn
 
 _INVERTIBLE = "I - J invertible"
 
@@ -39,14 +38,12 @@ class Candidate(NamedTuple):
       make: the rule with a given tolerance.
       needs: its assumption, in words.
       holds: the assumption, of the numbers that ``diagnose`` found before.
-      products: products with J or Jᵀ a step, or at most so many.
     """
 
     name: str
     make: Callable[[float], BackwardRule]
     needs: str
     holds: Callable[[Diagnosis], jax.Array]
-    products: int
 
 
 class Diagnosis(NamedTuple):
@@ -68,6 +65,7 @@ class Diagnosis(NamedTuple):
       holds: whether each rule's assumption holds.
       products: the products with J or Jᵀ that each rule took, for a random cotangent.
       residuals: the adjoint residual that each rule reached.
+      statuses: why each rule stopped, ``Status`` numbers.
       converged: whether each rule reported that it reached ``tol``.
       recommended: of the rules whose assumption holds and which converged, the first
         within 1.5 times the fewest products; -1 if there is none.
@@ -85,6 +83,7 @@ class Diagnosis(NamedTuple):
     holds: jax.Array
     products: jax.Array
     residuals: jax.Array
+    statuses: jax.Array
     converged: jax.Array
     recommended: jax.Array
 
@@ -124,36 +123,32 @@ CANDIDATES: tuple[Candidate, ...] = (
         lambda tol: Neumann(tol=tol),
         "ρ(J) < 1",
         lambda d: d.spectral_radius < 1,
-        1,
     ),
     Candidate(
         "Neumann, damped",
         lambda tol: Neumann(tol=tol, damping=0.5),
         "ρ((I + J) / 2) < 1",
         lambda d: d.damped_radius < 1,
-        1,
     ),
-    Candidate("BiCGSTAB", lambda tol: BiCGSTAB(tol=tol), _INVERTIBLE, _invertible, 2),
-    Candidate("CGNormal", lambda tol: CGNormal(tol=tol), _INVERTIBLE, _invertible, 2),
-    Candidate("GMRES", lambda tol: GMRES(tol=tol), _INVERTIBLE, _invertible, 1),
+    Candidate("BiCGSTAB", lambda tol: BiCGSTAB(tol=tol), _INVERTIBLE, _invertible),
+    Candidate("CGNormal", lambda tol: CGNormal(tol=tol), _INVERTIBLE, _invertible),
+    Candidate("GMRES", lambda tol: GMRES(tol=tol), _INVERTIBLE, _invertible),
     Candidate(
         "RBP(Anderson)",
         lambda tol: RBP(Anderson(tol=tol)),
         _INVERTIBLE,
         _invertible,
-        1,
     ),
-    # Its Neumann steps have one product; two is the most.
-    Candidate("Adaptive", lambda tol: Adaptive(tol=tol), _INVERTIBLE, _invertible, 2),
+    Candidate("Adaptive", lambda tol: Adaptive(tol=tol), _INVERTIBLE, _invertible),
 )
 
 
 def diagnose(
+    key: jax.Array,
     f: StepFn,
     params: PyTree,
     inputs: PyTree,
     h: PyTree,
-    key: jax.Array,
     *,
     tol: float | None = None,
     num_steps: int = 200,
@@ -174,27 +169,28 @@ def diagnose(
     ``vmap`` gets one for the whole batch.
 
     Args:
+      key: PRNG key of the directions.
       f: step function ``f(params, inputs, h) -> h``.
       params: pytree.
       inputs: pytree.
       h: the fixed point, as found.
-      key: PRNG key of the directions.
-      tol: adjoint residual that the gradient shall have. ``None``: three quarters of
-        the digits of the coarsest dtype in the state.
+      tol: adjoint residual that the gradient shall have, in (0, 1). ``None``: three
+        quarters of the digits of the coarsest dtype in the state.
       num_steps: products for each of the estimates, at least 4.
 
     Returns:
       A ``Diagnosis``.
 
     Raises:
-      ValueError: if ``num_steps`` is below 4, ``tol`` is not a positive Python number,
-        or f changes the state.
+      ValueError: if ``num_steps`` is below 4, ``tol`` is no Python number in (0, 1), or
+        f changes the state.
 
     Example:
       >>> import jax, jax.numpy as jnp
+      >>> from rbpjax import diagnose
       >>> w = jnp.array([[0.0, 3.0], [-2.0, 0.0]])  # ρ(J) = √6
       >>> x, h = jnp.zeros(2), jnp.zeros(2)
-      >>> found = diagnose(lambda w, x, h: w @ h + x, w, x, h, jax.random.key(0))
+      >>> found = diagnose(jax.random.key(0), lambda w, x, h: w @ h + x, w, x, h)
       >>> round(float(found.spectral_radius), 1), found.neumann_steps.tolist()
       (2.4, inf)
       >>> bool(found.holds[0]), bool(found.converged[found.recommended])
@@ -206,8 +202,8 @@ def diagnose(
     """
     if num_steps < 4:
         raise ValueError(f"`num_steps` must be at least 4; got {num_steps}.")
-    if tol is not None and not (isinstance(tol, (int, float)) and 0 < tol < np.inf):
-        raise ValueError(f"`tol` must be a positive Python number; got {tol!r}.")
+    if tol is not None and not (isinstance(tol, (int, float)) and 0 < tol < 1):
+        raise ValueError(f"`tol` must be a Python number in (0, 1); got {tol!r}.")
     step, args, h = close(f, params, inputs, h)
     limit = _short(tree.default_tol(h)) if tol is None else float(tol)
     # One program: called eagerly, each loop would be compiled on its own.
@@ -216,7 +212,7 @@ def diagnose(
 
 
 def _measure(
-    closed: Callable,
+    closed: ClosedStep,
     limit: float,
     num_steps: int,
     args: PyTree,
@@ -226,7 +222,7 @@ def _measure(
     """The estimates and the trials of ``diagnose``."""
     step = partial(closed, args)
     jvp = jax.linearize(step, h)[1]
-    vjp = hoist_linear(tree.adjoint(jvp, h), h)
+    vjp = channels_last(tree.adjoint(jvp, h), h)
     keys = jax.random.split(key, 3)
     g = tree.random_unit(keys[0], h)
 
@@ -237,7 +233,7 @@ def _measure(
     largest, smallest = singular_range(residual_map, g, num_steps)
 
     trials = [apply_rule(c.make(limit), vjp, g) for c in CANDIDATES]
-    steps = jnp.stack([t.num_steps for t in trials])
+    products = jnp.stack([t.num_products for t in trials])
     rows = Diagnosis(
         residual=relative_change(step(h), h),
         spectral_radius=growth_rate(factors),
@@ -248,15 +244,16 @@ def _measure(
         loop_cut_error=loop_cut(vjp, h, keys[2], 8),
         neumann_steps=_neumann_steps(factors, limit),
         tol=jnp.asarray(limit, factors.dtype),
-        holds=steps > 0,
-        products=steps * jnp.array([c.products for c in CANDIDATES], steps.dtype),
+        holds=products > 0,
+        products=products,
         residuals=jnp.stack([t.residual for t in trials]),
+        statuses=jnp.stack([t.status for t in trials]),
         converged=jnp.stack([t.converged for t in trials]),
-        recommended=steps[0],
+        recommended=products[0],
     )
     holds = jnp.stack([c.holds(rows) for c in CANDIDATES])
     usable = holds & rows.converged
-    products = rows.products.astype(norm.dtype)
+    products = products.astype(norm.dtype)
     fewest = jnp.min(jnp.where(usable, products, jnp.inf))
     best = jnp.argmax(usable & (products <= 1.5 * fewest))
     best = jnp.where(jnp.any(usable), best, -1).astype(jnp.int32)
@@ -280,16 +277,22 @@ def _short(x: float | jax.Array) -> float:
     return float(f"{float(x):.3g}")
 
 
-def _show(x: Any) -> str:
+def _show(x: ArrayLike) -> str:
     """A number, or the range of a batch."""
     low, high = f"{np.min(x):.3g}", f"{np.max(x):.3g}"
     return low if low == high else f"{low} … {high}"
 
 
-def _verdict(condition: Any, yes: str, no: str) -> str:
+def _verdict(condition: ArrayLike, yes: str, no: str) -> str:
     """``yes`` or ``no``, or for how much of a batch it is yes."""
     share = np.mean(condition)
     return yes if share == 1 else no if share == 0 else f"{share:.0%}: {yes}"
+
+
+def _stopped(statuses: ArrayLike) -> str:
+    """Why a rule stopped, in a word or two; of a batch, all reasons that there were."""
+    found = [Status(n) for n in sorted(set(np.ravel(statuses).tolist()))]
+    return ", ".join(status.name.lower().replace("_", " ") for status in found)
 
 
 def _table(d: Diagnosis) -> str:
@@ -324,14 +327,14 @@ def _table(d: Diagnosis) -> str:
     ]
     head = [f"{name:<28}{_show(value):<16}{words}" for name, value, words in numbers]
     rules = [c.make(_short(np.max(d.tol))) for c in CANDIDATES]
-    rows = [("rule", "products", "residual", "converged", "needs")]
+    rows = [("rule", "products", "residual", "stopped", "needs")]
     for i, candidate in enumerate(CANDIDATES):
         rows.append(
             (
                 candidate.name,
                 _show(d.products[..., i]),
                 _show(d.residuals[..., i]),
-                _verdict(d.converged[..., i], "yes", "NO"),
+                _stopped(d.statuses[..., i]),
                 f"{candidate.needs}: " + _verdict(d.holds[..., i], "yes", "NO"),
             )
         )

@@ -1,8 +1,9 @@
-"""Numbers that say whether, and how well, a fixed point can be differentiated."""
+"""The spectrum of J: spectral radius, norm, and singular values."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +11,15 @@ from jax import lax
 
 from rbpjax._core import tree
 from rbpjax._core.step import close
-from rbpjax.fixed_point.backward.neumann import adjoint_defect
-from rbpjax.fixed_point.hoisting import hoist_linear
 from rbpjax.types import LinearMap, PyTree, StepFn
 
 
 def spectral_radius(
+    key: jax.Array,
     f: StepFn,
     params: PyTree,
     inputs: PyTree,
     h: PyTree,
-    key: jax.Array,
     *,
     num_steps: int = 200,
 ) -> jax.Array:
@@ -40,11 +39,11 @@ def spectral_radius(
     ``num_steps`` scalars.
 
     Args:
+      key: PRNG key of the direction v.
       f: step function ``f(params, inputs, h) -> h``.
       params: pytree.
       inputs: pytree.
       h: the state at which J is taken, usually a fixed point.
-      key: PRNG key of the direction v.
       num_steps: number of products with J, at least 4.
 
     Returns:
@@ -55,11 +54,16 @@ def spectral_radius(
 
     Example:
       >>> import jax, jax.numpy as jnp
+      >>> from rbpjax.diagnostics import spectral_radius
       >>> w = 0.9 * jnp.array([[0.0, -1.0], [1.0, 0.0]])  # a rotation, times 0.9
       >>> f = lambda w, x, h: w @ h + x
       >>> key = jax.random.key(0)
-      >>> round(float(spectral_radius(f, w, jnp.ones(2), jnp.zeros(2), key)), 6)
+      >>> round(float(spectral_radius(key, f, w, jnp.ones(2), jnp.zeros(2))), 3)
       0.9
+
+    References:
+      Gelfand's formula, ρ(J) = lim ‖Jᵏ‖^(1/k): Horn and Johnson, "Matrix Analysis", 2nd
+      edition, corollary 5.6.14.
     """
     if num_steps < 4:
         raise ValueError(f"`num_steps` must be at least 4; got {num_steps}.")
@@ -68,11 +72,11 @@ def spectral_radius(
 
 
 def jacobian_norm(
+    key: jax.Array,
     f: StepFn,
     params: PyTree,
     inputs: PyTree,
     h: PyTree,
-    key: jax.Array,
     *,
     num_steps: int = 20,
 ) -> jax.Array:
@@ -85,11 +89,11 @@ def jacobian_norm(
     Cost: ``num_steps`` JVPs and VJPs of f, one linearization; memory: four states.
 
     Args:
+      key: PRNG key of the start.
       f: step function ``f(params, inputs, h) -> h``.
       params: pytree.
       inputs: pytree.
       h: the state at which J is taken.
-      key: PRNG key of the start.
       num_steps: number of Lanczos steps, at least 1.
 
     Returns:
@@ -100,10 +104,11 @@ def jacobian_norm(
 
     Example:
       >>> import jax, jax.numpy as jnp
+      >>> from rbpjax.diagnostics import jacobian_norm
       >>> w = jnp.array([[0.0, 3.0], [0.0, 0.0]])  # ρ(J) = 0, ‖J‖ = 3
       >>> f = lambda w, x, h: w @ h + x
       >>> key = jax.random.key(0)
-      >>> round(float(jacobian_norm(f, w, jnp.ones(2), jnp.zeros(2), key)), 6)
+      >>> round(float(jacobian_norm(key, f, w, jnp.ones(2), jnp.zeros(2))), 3)
       3.0
 
     References:
@@ -113,96 +118,6 @@ def jacobian_norm(
         raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")
     _, jvp, h = linearized(f, params, inputs, h)
     return singular_range(jvp, tree.random_unit(key, h), num_steps)[0]
-
-
-def loop_cut_error(
-    f: StepFn,
-    params: PyTree,
-    inputs: PyTree,
-    h: PyTree,
-    key: jax.Array,
-    *,
-    num_probes: int = 8,
-) -> jax.Array:
-    """How wrong the one-step gradient is: ‖Jᵀg‖ / ‖g‖, over random cotangents g.
-
-    Cutting the loop takes z = g (``Neumann(0)``, the "Jacobian-free" gradient), and
-    Jᵀg is what that leaves of the adjoint equation: its relative residual, for one
-    VJP. For the cotangent of your own loss it is
-    ``adjoint_residual(f, params, inputs, h, g, g)``.
-
-    The root mean square over random directions, an unbiased estimate of ‖J‖_F² / n
-    under the root, n being the number of entries of the state.
-
-    Cost: ``num_probes`` VJPs of f, one after the other; memory: two states.
-
-    Args:
-      f: step function ``f(params, inputs, h) -> h``.
-      params: pytree.
-      inputs: pytree.
-      h: the fixed point.
-      key: PRNG key of the cotangents.
-      num_probes: number of cotangents, at least 1.
-
-    Returns:
-      A scalar.
-
-    Raises:
-      ValueError: if ``num_probes`` is below 1, or f changes the state.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> w = 0.9 * jnp.array([[0.0, -1.0], [1.0, 0.0]])
-      >>> f = lambda w, x, h: w @ h + x
-      >>> key = jax.random.key(0)
-      >>> round(float(loop_cut_error(f, w, jnp.ones(2), jnp.zeros(2), key)), 6)
-      0.9
-    """
-    if num_probes < 1:
-        raise ValueError(f"`num_probes` must be at least 1; got {num_probes}.")
-    _, jvp, h = linearized(f, params, inputs, h)
-    vjp = hoist_linear(tree.adjoint(jvp, h), h)
-    return loop_cut(vjp, h, key, num_probes)
-
-
-def adjoint_residual(
-    f: StepFn,
-    params: PyTree,
-    inputs: PyTree,
-    h: PyTree,
-    cotangent: PyTree,
-    z: PyTree,
-) -> jax.Array:
-    """‖g + Jᵀz - z‖ / ‖g‖: how far z is from the adjoint, whoever computed it.
-
-    Cost: one VJP of f.
-
-    Args:
-      f: step function ``f(params, inputs, h) -> h``.
-      params: pytree.
-      inputs: pytree.
-      h: the fixed point.
-      cotangent: g, a pytree like h.
-      z: the candidate adjoint, a pytree like h.
-
-    Returns:
-      A scalar; ‖z - Jᵀz‖ itself where g = 0.
-
-    Raises:
-      ValueError: if f changes the state.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> f = lambda a, x, h: a * h + x  # z = g / (1 - a)
-      >>> one = jnp.ones(1)
-      >>> float(adjoint_residual(f, 0.5 * one, one, one, one, 2 * one))
-      0.0
-    """
-    step, args, h = close(f, params, inputs, h)
-    _, vjp = jax.vjp(partial(step, args), h)
-    defect = adjoint_defect(lambda v: vjp(v)[0], cotangent, z)
-    size = tree.to_unit(cotangent)[1]
-    return tree.to_unit(defect)[1] / jnp.where(size == 0, 1, size)
 
 
 def linearized(
@@ -232,13 +147,6 @@ def growth_rate(factors: jax.Array) -> jax.Array:
     return jnp.exp(jnp.sum(recent * window) / jnp.sum(window))
 
 
-def loop_cut(vjp: LinearMap, h: PyTree, key: jax.Array, num_probes: int) -> jax.Array:
-    """The root mean square of ‖Jᵀg‖ over random unit g."""
-    probe = lambda key: tree.norm(vjp(tree.random_unit(key, h)))
-    errors = lax.map(probe, jax.random.split(key, num_probes))
-    return jnp.sqrt(jnp.mean(errors**2))
-
-
 def singular_range(
     apply: LinearMap, v: PyTree, num_steps: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -249,14 +157,13 @@ def singular_range(
     """
     adjoint = tree.adjoint(apply, v)
 
-    def step(carry: tuple, _: None) -> tuple[tuple, tuple]:
-        u, v, beta, live = carry
-        u, alpha = tree.to_unit(tree.axpy(-beta, u, apply(v)))
-        v, beta = tree.to_unit(tree.axpy(-alpha, v, adjoint(u)))
-        return (u, v, beta, live & (beta > 0)), (alpha, beta, live)
+    def step(now: _Lanczos, _: None) -> tuple[_Lanczos, tuple]:
+        u, alpha = tree.to_unit(tree.axpy(-now.beta, now.u, apply(now.v)))
+        v, beta = tree.to_unit(tree.axpy(-alpha, now.v, adjoint(u)))
+        return _Lanczos(u, v, beta, now.live & (beta > 0)), (alpha, beta, now.live)
 
     zero = 0 * tree.norm(v)
-    start = (tree.scale(0.0, v), v, zero, zero == 0)
+    start = _Lanczos(tree.scale(0.0, v), v, zero, zero == 0)
     _, (alpha, beta, live) = lax.scan(step, start, length=num_steps)
     # After an exact breakdown (beta = 0) the space is exhausted: the rows that follow
     # are zero, and would be taken for a singular value. alpha[0] = ‖Av‖ is none of
@@ -264,3 +171,12 @@ def singular_range(
     alpha = jnp.where(live, alpha, alpha[0])
     values = jnp.linalg.svd(jnp.diag(alpha) + jnp.diag(beta[:-1], 1), compute_uv=False)
     return values[0], values[-1]
+
+
+class _Lanczos(NamedTuple):
+    """Two vectors, the coefficient that joins them, and no breakdown yet."""
+
+    u: PyTree
+    v: PyTree
+    beta: jax.Array
+    live: jax.Array

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,10 @@ class AdjointReport(NamedTuple):
 
     Attributes:
       num_steps: steps of the backward rule.
+      num_products: its products with J or Jᵀ.
       residual: ‖g + Jᵀz - z‖ / ‖g‖.
+      status: a ``Status`` as a float, 0 if converged; of several solves, whose reports
+        add up, it is 0 only if all did.
       converged: 1 if the rule reached its tolerance, else 0.
       cotangent_norm: ‖g‖; zero where no gradient arrived, or no adjoint was solved
         (``bptt``).
@@ -42,21 +45,24 @@ class AdjointReport(NamedTuple):
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from rbpjax import rbp_solve, value_and_grad
+      >>> from rbpjax import AdjointReport, rbp_solve, value_and_grad_with_report
       >>> solve = rbp_solve(lambda a, x, h: a * h + x)
       >>> def loss(a, probe):
       ...     return jnp.sum(solve(a, jnp.ones(2), jnp.zeros(2), probe).value)
-      >>> step, report = value_and_grad(loss), AdjointReport.zeros(adjoint=jnp.zeros(2))
+      >>> step = value_and_grad_with_report(loss)
+      >>> report = AdjointReport.zeros(adjoint=jnp.zeros(2))
       >>> for _ in range(2):
       ...     _, _, report = step(jnp.array([0.5, 0.8]), probe=report)
-      >>> report.adjoint.round(6).tolist(), int(report.num_steps)  # 1 / (1 - a)
+      >>> report.adjoint.round(3).tolist(), int(report.num_steps)  # 1 / (1 - a)
       ([2.0, 5.0], 0)
     """
 
-    num_steps: Any
-    residual: Any
-    converged: Any
-    cotangent_norm: Any
+    num_steps: jax.Array
+    num_products: jax.Array
+    residual: jax.Array
+    status: jax.Array
+    converged: jax.Array
+    cotangent_norm: jax.Array
     adjoint: PyTree | None = None
 
     @classmethod
@@ -70,11 +76,11 @@ class AdjointReport(NamedTuple):
         return cls(*(jnp.zeros(shape) for _ in cls._fields[:-1]), adjoint=adjoint)
 
 
-def value_and_grad(
-    loss: Callable[..., Any],
+def value_and_grad_with_report(
+    loss: Callable[..., PyTree],
     argnums: int | tuple[int, ...] = 0,
     has_aux: bool = False,
-) -> Callable[..., tuple[Any, PyTree, AdjointReport]]:
+) -> Callable[..., tuple[PyTree, PyTree, AdjointReport]]:
     """``jax.value_and_grad`` that also returns the report of the adjoint solve.
 
     Args:
@@ -89,19 +95,24 @@ def value_and_grad(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from rbpjax import rbp_solve
+      >>> from rbpjax import rbp_solve, value_and_grad_with_report
       >>> solve = rbp_solve(lambda a, x, h: a * h + x)
       >>> def loss(a, x, probe):
       ...     return jnp.sum(solve(a, x, jnp.zeros(1), probe=probe).value)
-      >>> value, grad, report = value_and_grad(loss)(jnp.array([0.5]), jnp.ones(1))
-      >>> grad.round(6).tolist(), float(report.converged)
+      >>> a, x = jnp.array([0.5]), jnp.ones(1)
+      >>> value, grad, report = value_and_grad_with_report(loss)(a, x)
+      >>> grad.round(3).tolist(), float(report.converged)
       ([4.0], 1.0)
+
+    References:
+      ``jax.value_and_grad``, whose arguments these are; the report is that of
+      ``AdjointReport``.
     """
 
     def with_report(
-        *args: Any, probe: AdjointReport | None = None, **kwargs: Any
-    ) -> tuple[Any, PyTree, AdjointReport]:
-        def probed(probe: AdjointReport, *args: Any) -> Any:
+        *args: PyTree, probe: AdjointReport | None = None, **kwargs: PyTree
+    ) -> tuple[PyTree, PyTree, AdjointReport]:
+        def probed(probe: AdjointReport, *args: PyTree) -> PyTree:
             return loss(*args, probe=probe, **kwargs)
 
         single = isinstance(argnums, int)
@@ -144,7 +155,9 @@ def reported(solution: Solution, g: PyTree, probe: AdjointReport) -> AdjointRepo
     """The report on an adjoint for the cotangent g, of the types of the probe."""
     raw = (
         solution.num_steps,
+        solution.num_products,
         solution.residual,
+        solution.status,
         solution.converged,
         tree.to_unit(g)[1],
         None if probe.adjoint is None else solution.value,

@@ -1,7 +1,22 @@
-"""Flax nnx modules over the rooms of the library."""
+"""Flax nnx modules over the rooms of the library; imported on first use.
 
-from rbpjax.nn.graph import Graph as Graph
-from rbpjax.nn.graph import GraphCell as GraphCell
-from rbpjax.nn.graph import normalized_adjacency as normalized_adjacency
-from rbpjax.nn.implicit import FixedPoint as FixedPoint
-from rbpjax.nn.unitary import UnitaryRNN as UnitaryRNN
+* ``FixedPoint``: any cell as an implicit layer;
+* ``GraphCell``, on a ``Graph`` such as ``normalized_adjacency`` makes: a contraction;
+* ``UnitaryRNN``: the unitary cell over a sequence.
+
+Example:
+  >>> import jax.numpy as jnp, numpy as np
+  >>> from flax import nnx
+  >>> from rbpjax.nn import FixedPoint, GraphCell, normalized_adjacency
+  >>> graph = normalized_adjacency(np.array([[0, 1], [1, 0]]), 2)
+  >>> layer = FixedPoint(GraphCell(4, gain=0.5, rngs=nnx.Rngs(0)))
+  >>> drive = jnp.ones((2, 4), jnp.float32)
+  >>> layer((graph, drive), jnp.zeros_like(drive)).value.shape
+  (2, 4)
+"""
+
+from rbpjax.nn.graph import Graph, GraphCell, normalized_adjacency
+from rbpjax.nn.implicit import FixedPoint
+from rbpjax.nn.unitary import UnitaryRNN
+
+__all__ = ["FixedPoint", "Graph", "GraphCell", "UnitaryRNN", "normalized_adjacency"]

@@ -20,6 +20,14 @@ class Graph(NamedTuple):
       senders: ``int32[edge]``, where a message comes from: the column.
       receivers: ``int32[edge]``, where it goes: the row, in ascending order.
       weights: ``float[edge]``, the entry.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rbpjax.nn import Graph
+      >>> edge = lambda *nodes: jnp.array(nodes, jnp.int32)
+      >>> graph = Graph(edge(1, 2), edge(0, 1), jnp.array([1.0, 2.0]))
+      >>> graph.propagate(jnp.array([[1.0], [2.0], [3.0]])).ravel().tolist()
+      [2.0, 6.0, 0.0]
     """
 
     senders: jax.Array
@@ -27,7 +35,7 @@ class Graph(NamedTuple):
     weights: jax.Array
 
     def propagate(self, h: jax.Array) -> jax.Array:
-        """Âh for ``h [node, feature]``: weighted sums over incoming edges.
+        """Âh for ``h [node, feature]``: sums over incoming edges, of that shape.
 
         Cost: one gather and one sorted segment sum over the edges; no dense matrix.
         AD modes: all.
@@ -41,7 +49,8 @@ class Graph(NamedTuple):
 def normalized_adjacency(edges: np.ndarray, num_nodes: int) -> Graph:
     """Â = D^(-1/2) (A + I) D^(-1/2), the symmetric normalization with self-loops.
 
-    Its eigenvalues are in (-1, 1], so that ‖Â‖₂ = 1.
+    Its eigenvalues are in (-1, 1], so that ‖Â‖₂ = 1. Made with NumPy, once, outside of
+    compiled code; cost: a sort of the edges. Not differentiable.
 
     Args:
       edges: ``int[edge, 2]``, directed; give both directions for an undirected graph,
@@ -56,7 +65,8 @@ def normalized_adjacency(edges: np.ndarray, num_nodes: int) -> Graph:
       ValueError: if ``edges`` is not an integer array of pairs of nodes.
 
     Example:
-      >>> import numpy as np
+      >>> import jax.numpy as jnp, numpy as np
+      >>> from rbpjax.nn import normalized_adjacency
       >>> graph = normalized_adjacency(np.array([[0, 1], [1, 0]]), 3)
       >>> graph.propagate(jnp.eye(3, dtype=jnp.float32)).round(3).tolist()
       [[0.5, 0.5, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]
@@ -99,6 +109,7 @@ class GraphCell(nnx.Module):
 
     W starts as the identity: the first network is φ of a diffusion of the drive, as in
     personalized PageRank. The singular value decomposition of W is taken once a solve.
+    Cost of a round: one pass over the edges, one product with W. AD modes: all.
 
     Args:
       units: size of a node's state.
@@ -110,7 +121,9 @@ class GraphCell(nnx.Module):
       ValueError: if ``gain`` is not in (0, 1).
 
     Example:
-      >>> from rbpjax.nn import FixedPoint
+      >>> import jax.numpy as jnp, numpy as np
+      >>> from flax import nnx
+      >>> from rbpjax.nn import FixedPoint, GraphCell, normalized_adjacency
       >>> graph = normalized_adjacency(np.array([[0, 1], [1, 0]]), 2)
       >>> layer = FixedPoint(GraphCell(4, gain=0.5, rngs=nnx.Rngs(0)))
       >>> drive = jnp.ones((2, 4), jnp.float32)  # h = 0.5 h + 1
@@ -142,7 +155,12 @@ class GraphCell(nnx.Module):
         self.kernel = nnx.Param(jnp.eye(units, dtype=jnp.float32))
 
     def __call__(self, inputs: tuple[Graph, jax.Array], h: jax.Array) -> jax.Array:
-        """One round; ``inputs = (graph, drive)``, ``drive`` and ``h [node, unit]``."""
+        """One round: the next state, ``[node, unit]``.
+
+        Args:
+          inputs: ``(graph, drive)``, with ``drive [node, unit]``.
+          h: the state, ``[node, unit]``.
+        """
         graph, drive = inputs
         kernel = spectral_normalize(self.kernel[...], self.gain)
         return self.activation(graph.propagate(h) @ kernel + drive)

@@ -51,7 +51,8 @@ class FixedPoint(nnx.Module):
       >>> bool(solution.converged)
       True
       >>> loss = lambda layer: layer(x, jnp.zeros_like(x)).value.sum()
-      >>> grads = nnx.grad(loss)(layer)
+      >>> nnx.grad(loss)(layer)["cell"]["linear"]["kernel"].shape
+      (8, 8)
 
     References:
       Bai, Kolter, Koltun, "Deep Equilibrium Models", NeurIPS 2019,
@@ -77,7 +78,17 @@ class FixedPoint(nnx.Module):
     def __call__(
         self, inputs: PyTree, h0: PyTree, probe: AdjointReport | None = None
     ) -> Solution:
-        """Solves h* = cell(inputs, h*) from ``h0``."""
+        """Solves h* = cell(inputs, h*) from ``h0``.
+
+        Args:
+          inputs: passed on to the cell; any pytree.
+          h0: where the solver starts; any pytree of floating-point arrays.
+          probe: `rbpjax.AdjointReport.zeros()`; its gradient is the report of the
+            backward pass.
+
+        Returns:
+          A `rbpjax.Solution`; ``value`` is like ``h0``.
+        """
         graph, state = nnx.split(self.cell)
         solve = rbp_solve(_step(graph), forward=self.forward, backward=self.backward)
         return solve(state, inputs, h0, probe)

@@ -5,13 +5,8 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
-from rbpjax.unitary import (
-    CellWeights,
-    Inverse,
-    Replay,
-    UnitaryCell,
-    recomputed_scan,
-)
+from rbpjax.unitary import CellWeights, UnitaryCell, recomputed_scan
+from rbpjax.unitary.history import Inverse, Replay
 
 
 class UnitaryRNN(nnx.Module):
@@ -22,6 +17,7 @@ class UnitaryRNN(nnx.Module):
 
     Exact gradients. With ``history`` None the states are stored, as in any RNN; with
     `Inverse` or `Replay` the memory of the gradient does not grow with the sequence.
+    Cost of a step: that of `UnitaryCell`. AD modes: reverse; with ``history`` None all.
 
     Args:
       cell: lattice, channels, dtype and φ.
@@ -29,20 +25,32 @@ class UnitaryRNN(nnx.Module):
       inputs: size of the input vectors, or None if inputs are fields.
       outputs: size of the output vectors, or None for no read-out.
       scale: root mean square of the initial rotation angles.
-      history: how the backward pass gets its states; `None`, `Inverse`, `Replay`.
+      history: how the backward pass gets its states; `None`, or one of
+        ``rbpjax.unitary.history``.
       rngs: random streams; ``rngs.params`` is used.
+
+    Raises:
+      ValueError: if ``radius`` is no Python int of at least 0; by a call, if inputs and
+        cell do not fit each other.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from rbpjax.nn import UnitaryRNN
-      >>> from rbpjax.unitary import Replay, UnitaryCell
-      >>> model = UnitaryRNN(UnitaryCell((32,)), radius=2, inputs=3, outputs=1,
-      ...                    history=Replay(8), rngs=nnx.Rngs(0))
+      >>> from rbpjax.unitary import UnitaryCell, history
+      >>> cell = UnitaryCell(lattice=(32,))
+      >>> model = UnitaryRNN(cell, radius=2, inputs=3, outputs=1,
+      ...                    history=history.Replay(slots=8), rngs=nnx.Rngs(0))
       >>> h, outputs = model(jnp.ones((100, 3)))
-      >>> print(h.shape, outputs.shape)
-      (32,) (100, 1)
+      >>> h.shape, outputs.shape
+      ((32,), (100, 1))
       >>> grads = nnx.grad(lambda m: m(jnp.ones((100, 3)))[1].sum())(model)
+      >>> grads["kernel"].shape  # real and imaginary parts
+      (5, 2)
+
+    References:
+      Magnasco, "Convolutional unitary or orthogonal recurrent neural networks",
+      https://arxiv.org/abs/2302.07396.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Backpropagation through time over a sequence: the baselines that store history."""
+"""Backpropagation through time over a sequence: the baseline that stores history."""
 
 from __future__ import annotations
 
@@ -6,112 +6,101 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rbpjax._core.step import floats, merge
 from rbpjax.online.estimator import (
     Carry,
     Estimator,
     LossFn,
     OnlineOutput,
-    check_state,
-    floats,
-    merge,
+    check_count,
+    check_functions,
     no_noise,
+    start,
 )
-from rbpjax.types import StepFn
+from rbpjax.types import PyTree, StepFn
 
 
-def bptt(f: StepFn, loss: LossFn) -> Estimator:
-    """Backpropagates through a whole sequence at once.
+def bptt(f: StepFn, loss: LossFn, *, truncation: int | None = None) -> Estimator:
+    """Backpropagates through a whole sequence at once, or window by window.
 
     One ``step`` consumes a sequence: ``x`` and ``y`` have a leading time axis. It
     returns the sum of the losses and its gradient, the state at the sequence's start
     taken as constant, and carries the state at its end.
 
-    Exact for that sequence; fed with consecutive windows it is truncated BPTT, one
-    update a window. Cost: one step and one VJP a time step; memory the states of the
-    whole sequence, which grows with its length. Works under ``jit``, ``vmap``,
-    ``scan`` and in all AD modes.
+    Exact for that sequence. With ``truncation``, the history is cut every so many
+    steps, and the gradients of the windows, all at the same parameters, are summed.
+    This is the window-summed variant: each loss of a window counts, and reaches back to
+    the window's start. It is truncated (biased): dependencies across a cut are lost,
+    and the sign of the gradient may be wrong. For an update after each window, feed
+    the windows one by one instead.
+
+    Cost: one step and one VJP a time step; memory the states of the whole sequence, or
+    of one window of ``truncation`` states. Works under ``jit``, ``vmap`` and ``scan``,
+    and can be differentiated in forward and reverse mode.
 
     Args:
       f: step function ``f(params, x, h) -> h``; any pytrees.
       loss: ``loss(params, h, y) -> scalar``, at the state after each step.
+      truncation: steps between cuts; divides the length of every sequence. None cuts
+        nowhere.
 
     Returns:
       An ``Estimator`` over sequences, without influence or noise.
 
     Raises:
-      ValueError: from ``step``, if ``f`` does not return its state's shapes and
-        dtypes.
+      ValueError: ``truncation`` is no positive int; from ``step``, if it does not
+        divide the length of the sequence, or ``x`` and ``y`` have no common one; also
+        as in ``Estimator``.
 
     Example:
-      >>> f = lambda a, x, h: a * h + x
-      >>> est = bptt(f, loss=lambda a, h, y: h)
-      >>> carry = est.init(jnp.array(0.5), jnp.array(0.0))
-      >>> carry, out = est.step(jnp.array(0.5), carry, jnp.ones(2), None, ())
-      >>> float(out.loss), float(out.grads)  # 1 + (a + 1), and its derivative
-      (2.5, 1.0)
+      >>> import jax.numpy as jnp
+      >>> from rbpjax import online
+      >>> f, loss = lambda a, x, h: a * h + x, lambda a, h, y: h
+      >>> a, x = jnp.array(0.5), jnp.ones(3)  # h is 1, a + 1, a² + a + 1
+      >>> est = online.bptt(f, loss)
+      >>> _, out = est.step(a, est.init(a, jnp.array(0.0)), x, None, ())
+      >>> float(out.loss), float(out.grads)  # the sum, and its derivative 2 a + 2
+      (4.25, 3.0)
+      >>> est = online.bptt(f, loss, truncation=1)
+      >>> _, out = est.step(a, est.init(a, jnp.array(0.0)), x, None, ())
+      >>> float(out.loss), float(out.grads)  # each step blind to the one before
+      (4.25, 2.5)
+
+    References:
+      Werbos, "Backpropagation through time: what it does and how to do it",
+      Proceedings of the IEEE 78, 1990. Truncated: Williams, Peng, "An Efficient
+      Gradient-Based Algorithm for On-Line Training of Recurrent Network
+      Trajectories", Neural Computation 2, 1990.
     """
+    if truncation is not None:
+        check_count("truncation", truncation)
 
-    def step(params, carry, x, y, noise):
-        del noise
-        x0 = jax.tree.map(lambda leaf: leaf[0], x)
-        check_state(f, params, carry.h, x0)
-
-        def total(p):
+    def window(
+        params: PyTree, carry: Carry, x: PyTree, y: PyTree
+    ) -> tuple[Carry, OnlineOutput]:
+        def total(p: PyTree) -> tuple[jax.Array, PyTree]:
             theta = merge(p, params)
 
-            def body(h, xy):
+            def body(h: PyTree, xy: tuple[PyTree, PyTree]) -> tuple[PyTree, jax.Array]:
                 h = f(theta, xy[0], h)
                 return h, loss(theta, h, xy[1])
 
             h, losses = jax.lax.scan(body, carry.h, (x, y))
             return jnp.sum(losses), h
 
-        grad = jax.value_and_grad(total, has_aux=True)
-        (value, h), grads = grad(floats(params))
+        gradient = jax.value_and_grad(total, has_aux=True)
+        (value, h), grads = gradient(floats(params))
         return Carry(h, ()), OnlineOutput(value, grads)
 
-    return Estimator(_init, no_noise, step)
-
-
-def tbptt(f: StepFn, loss: LossFn, *, truncation: int) -> Estimator:
-    """Backpropagates through consecutive windows of a sequence.
-
-    Like ``bptt``, but the history is cut every ``truncation`` steps; the gradients of
-    the windows, all at the same parameters, are summed. This is the window-summed
-    variant: each loss of a window counts, and reaches back to the window's start.
-
-    Truncated (biased): dependencies across a cut are lost, and the sign of the
-    gradient may be wrong. Cost: one step and one VJP a time step; memory
-    ``truncation`` states. Works under ``jit``, ``vmap``, ``scan``.
-
-    Args:
-      f: step function ``f(params, x, h) -> h``; any pytrees.
-      loss: ``loss(params, h, y) -> scalar``, at the state after each step.
-      truncation: steps between cuts; divides the length of every sequence.
-
-    Returns:
-      An ``Estimator`` over sequences, without influence or noise.
-
-    Raises:
-      ValueError: ``truncation`` is no positive int, or does not divide the length of
-        a sequence.
-
-    Example:
-      >>> f = lambda a, x, h: a * h + x
-      >>> est = tbptt(f, loss=lambda a, h, y: h, truncation=1)
-      >>> carry = est.init(jnp.array(0.5), jnp.array(0.0))
-      >>> carry, out = est.step(jnp.array(0.5), carry, jnp.ones(3), None, ())
-      >>> out.grads  # 0 + 1 + 1.5, each step blind to the one before
-      Array(2.5, dtype=float64)
-    """
-    if isinstance(truncation, bool) or not isinstance(truncation, int):
-        raise ValueError(f"`truncation` must be a Python int; got {truncation!r}.")
-    if truncation < 1:
-        raise ValueError(f"`truncation` must be at least 1; got {truncation}.")
-    window = bptt(f, loss)
-
-    def step(params, carry, x, y, noise):
-        length = jax.tree.leaves((x, y))[0].shape[0]
+    def step(
+        params: PyTree, carry: Carry, x: PyTree, y: PyTree, noise: PyTree
+    ) -> tuple[Carry, OnlineOutput]:
+        del noise
+        length = _length(x, y)
+        first = lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)
+        check_functions(f, loss, params, first(x), carry.h, first(y))
+        if truncation is None:
+            return window(params, carry, x, y)
         if length % truncation:
             raise ValueError(
                 f"`truncation` = {truncation} must divide the length of the sequence, "
@@ -120,22 +109,34 @@ def tbptt(f: StepFn, loss: LossFn, *, truncation: int) -> Estimator:
         xs, ys = jax.tree.map(
             lambda a: a.reshape(length // truncation, truncation, *a.shape[1:]), (x, y)
         )
-        first = jax.tree.map(lambda a: a[0], (xs, ys))
-        shapes = jax.eval_shape(window.step, params, carry, *first, noise)[1]
+        _, shapes = jax.eval_shape(window, params, carry, first(xs), first(ys))
 
-        def body(state, xy):
+        def body(
+            state: tuple[Carry, OnlineOutput], xy: tuple[PyTree, PyTree]
+        ) -> tuple[tuple[Carry, OnlineOutput], None]:
             carry, total = state
-            carry, out = window.step(params, carry, xy[0], xy[1], noise)
+            carry, out = window(params, carry, *xy)
             return (carry, optax.tree.add(total, out)), None
 
-        (carry, out), _ = jax.lax.scan(
-            body, (carry, optax.tree.zeros_like(shapes)), (xs, ys)
-        )
+        zeros = optax.tree.zeros_like(shapes)
+        (carry, out), _ = jax.lax.scan(body, (carry, zeros), (xs, ys))
         return carry, out
 
     return Estimator(_init, no_noise, step)
 
 
-def _init(params, h0):
-    del params
-    return Carry(jax.tree.map(jnp.asarray, h0), ())
+def _init(params: PyTree, h0: PyTree) -> Carry:
+    return Carry(start(params, h0), ())
+
+
+def _length(x: PyTree, y: PyTree) -> int:
+    """The length of the sequence; ValueError unless all leaves have the same."""
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves((x, y))]
+    lengths = {shape[:1] for shape in shapes}
+    if len(lengths) != 1 or lengths == {()} or lengths == {(0,)}:
+        raise ValueError(
+            "`x` and `y` must be sequences, with one leading time axis for all of "
+            f"their leaves and at least one step; got leaves of shapes {shapes}. For "
+            "a single step, add the axis: x[None], y[None]."
+        )
+    return shapes[0][0]

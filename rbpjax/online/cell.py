@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from rbpjax._core.step import floats, merge
+from rbpjax._core.strategy import function, strategy
 from rbpjax.types import PyTree
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy
 class PreactivationCell:
     """A recurrent cell h' = activate(W ĥ, h), with ĥ = features(x, h).
 
@@ -20,6 +21,9 @@ class PreactivationCell:
     and then each unit goes its own way. Vanilla, leaky, LSTM and (with the reset
     after the product) GRU cells have this form. The instance *is* the step function:
     it can be called, and given to any estimator.
+
+    Cost and memory of a call are those of its three functions and one product of W
+    and ĥ. All AD modes.
 
     Attributes:
       kernel: ``kernel(params)``: W, ``[a, n, k]``; any differentiable function of the
@@ -30,19 +34,36 @@ class PreactivationCell:
 
     States are pytrees of floating-point vectors of length n.
 
+    Raises:
+      ValueError: a function is not callable; when called, if the shapes of kernel,
+        features and state do not fit.
+
     Example:
-      >>> cell = PreactivationCell(
+      >>> import jax.numpy as jnp
+      >>> from rbpjax import online
+      >>> cell = online.PreactivationCell(
       ...     kernel=lambda params: params[None],
       ...     features=lambda x, h: jnp.concatenate([h, x, jnp.ones(1)]),
       ...     activate=lambda z, h: 0.9 * h + 0.1 * jnp.tanh(z[0]),
       ... )
-      >>> cell(jnp.ones((2, 4)), jnp.zeros(1), jnp.zeros(2)).round(3)
-      Array([0.076, 0.076], dtype=float64)
+      >>> h = cell(jnp.ones((2, 4)), jnp.zeros(1), jnp.zeros(2))
+      >>> [round(float(unit), 4) for unit in h]
+      [0.0762, 0.0762]
+
+    References:
+      The form that Mujika, Meier, Steger, "Approximating Real-Time Recurrent Learning
+      with Random Kronecker Factors", https://arxiv.org/abs/1805.10842, asks of a cell.
     """
 
-    kernel: Callable[[PyTree], jax.Array]
-    features: Callable[[PyTree, PyTree], jax.Array]
-    activate: Callable[[jax.Array, PyTree], PyTree]
+    kernel: Callable[[PyTree], jax.Array] = function(
+        meaning="a callable", call="kernel(params) -> [gates, units, features]"
+    )
+    features: Callable[[PyTree, PyTree], jax.Array] = function(
+        meaning="a callable", call="features(x, h) -> [features]"
+    )
+    activate: Callable[[jax.Array, PyTree], PyTree] = function(
+        meaning="a callable", call="activate(z, h), for one unit"
+    )
 
     def __call__(self, params: PyTree, x: PyTree, h: PyTree) -> PyTree:
         """One step, as every step function."""
@@ -65,7 +86,8 @@ class PreactivationCell:
     def row_norms(self, params: PyTree, x: PyTree, h: PyTree) -> PyTree:
         """‖Fᵢ‖ for each unit in O(n), for ``nobacktrack``; a pytree like ``h``.
 
-        Exact where ``kernel`` is a rearrangement of the parameters, in which
+        Give it as ``nobacktrack(cell, loss, row_norms=cell.row_norms)``. Exact where
+        ``kernel`` is a rearrangement of the parameters, in which
         ‖Fᵢ‖ = ‖∂h'ᵢ/∂z‖ ‖ĥ‖; close to it where it pads with zeros.
         """
         inside = unit_jacobians(self, params, x, h)
@@ -103,6 +125,14 @@ def unit_jacobians(
         jnp.stack(jax.tree.leaves(gates)),
         jnp.stack([jnp.stack(jax.tree.leaves(row)) for row in rows]),
     )
+
+
+def kernel_to_params(
+    cell: PreactivationCell, params: PyTree, kernel_grad: jax.Array
+) -> PyTree:
+    """The gradient in the parameters of one in W, ``[a, n, k]``; floats only."""
+    _, vjp = jax.vjp(lambda p: cell.kernel(merge(p, params)), floats(params))
+    return vjp(kernel_grad)[0]
 
 
 def check_cell(cell: object) -> None:

@@ -10,17 +10,18 @@ it into the gradient of the present loss,
 
     ∂loss/∂θ (direct) + δ F + δ J G.
 
-The last step, δ F, is exact in every estimator of this room.
+The second term, δ F, is exact in every estimator of this room.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from rbpjax._core.step import as_state, check_like, floats, merge
 from rbpjax.types import PyTree, StepFn
 
 LossFn = Callable[[PyTree, PyTree, PyTree], jax.Array]
@@ -30,11 +31,23 @@ LossFn = Callable[[PyTree, PyTree, PyTree], jax.Array]
 class Carry(NamedTuple):
     """What an estimator carries from step to step: data of constant size.
 
+    It is a pytree, and can be carried by ``lax.scan``, stored, or reset (see
+    ``combine.reset``).
+
     Attributes:
       h: the state; same pytree as ``h0``.
-      influence: the estimate of G = ∂h/∂θ in the form of the estimator.
+      influence: the estimate of G = ∂h/∂θ in the form of the estimator; ``()`` for
+        ``bptt``.
       metric: running statistics that are no influence; ``()`` except for
         ``kalman_nobacktrack``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rbpjax import online
+      >>> est = online.rtrl(lambda a, x, h: a * h + x, lambda a, h, y: jnp.sum(h))
+      >>> carry = est.init(jnp.array(0.5), jnp.zeros(3))
+      >>> carry.h.shape, carry.influence.shape, carry.metric
+      ((3,), (3,), ())
     """
 
     h: PyTree
@@ -43,34 +56,99 @@ class Carry(NamedTuple):
 
 
 class OnlineOutput(NamedTuple):
-    """What a step tells.
+    """What a step returns beside its carry.
 
     Attributes:
       loss: the loss after the step, a scalar.
-      grads: the gradient of ``loss`` in ``params``; same pytree as ``params``, where
-        leaves that are not floating-point are None.
+      grads: the gradient of ``loss`` in ``params``; same pytree as ``params``, with
+        None in place of the leaves that are not floating-point.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rbpjax import online
+      >>> est = online.rtrl(lambda a, x, h: a * h + x, lambda a, h, y: (h - y) ** 2)
+      >>> carry = est.init(jnp.array(0.5), jnp.array(1.0))
+      >>> _, out = est.step(jnp.array(0.5), carry, 1.0, 0.0, ())
+      >>> float(out.loss), float(out.grads)  # (a + 1)² and 2 (a + 1)
+      (2.25, 3.0)
     """
 
     loss: jax.Array
     grads: PyTree
 
 
+class InitFn(Protocol):
+    """``init(params, h0) -> Carry``, with zero influence."""
+
+    def __call__(self, params: PyTree, h0: PyTree) -> Carry:
+        """Returns the carry before the first step."""
+        ...
+
+
+class NoiseFn(Protocol):
+    """``noise(key, carry)``: the random signs of one step, as data."""
+
+    def __call__(self, key: jax.Array, carry: Carry) -> PyTree:
+        """Returns the noise; its shapes are those of every later step too."""
+        ...
+
+
+class OnlineStepFn(Protocol):
+    """``step(params, carry, x, y, noise) -> (Carry, OnlineOutput)``."""
+
+    def __call__(
+        self, params: PyTree, carry: Carry, x: PyTree, y: PyTree, noise: PyTree
+    ) -> tuple[Carry, OnlineOutput]:
+        """Takes one step on the input ``x``, with the target ``y`` after it."""
+        ...
+
+
 class Estimator(NamedTuple):
-    """A gradient estimator: three pure functions, in optax's habit.
+    """A gradient estimator: three pure functions, as in optax.
 
     All of them run under ``jit``, ``vmap`` and ``lax.scan``. Noise is data, so that a
-    run is reproducible and all sign patterns can be enumerated with ``vmap``.
+    run can be repeated, and all sign patterns be enumerated with ``vmap``. Memory and
+    cost are those of the method that made it.
 
     Attributes:
       init: ``init(params, h0) -> Carry``, with zero influence.
       noise: ``noise(key, carry)``: the random signs of one step; ``()`` for a
         deterministic estimator.
-      step: ``step(params, carry, x, y, noise) -> (Carry, OnlineOutput)``.
+      step: ``step(params, carry, x, y, noise) -> (Carry, OnlineOutput)``; x and y are
+        those of one step, for ``bptt`` those of a sequence.
+
+    Raises:
+      ValueError: from ``init``, if ``params`` or ``h0`` is complex or not made of
+        arrays; from ``step``, if ``f`` does not return its state's structure, shapes
+        and dtypes, or ``loss`` no scalar.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from rbpjax import online
+      >>> f = lambda W, x, h: jnp.tanh(W @ h + x)
+      >>> est = online.uoro(f, lambda W, h, y: jnp.sum((h - y) ** 2))
+      >>> def train_step(state, xy):
+      ...     W, carry, key = state
+      ...     key, signs = jax.random.split(key)
+      ...     noise = est.noise(signs, carry)
+      ...     carry, out = est.step(W, carry, *xy, noise)
+      ...     return (W - 0.1 * out.grads, carry, key), out.loss
+      >>> W, xys = 0.5 * jnp.eye(2), (jnp.ones((9, 2)), jnp.zeros((9, 2)))
+      >>> state = W, est.init(W, jnp.zeros(2)), jax.random.key(0)
+      >>> state, losses = jax.lax.scan(train_step, state, xys)
+      >>> losses.shape
+      (9,)
+
+    References:
+      The recursion G ← J G + F: Williams, Zipser, "A Learning Algorithm for
+      Continually Running Fully Recurrent Neural Networks", Neural Computation 1, 1989.
+      The form: ``optax.GradientTransformation``.
     """
 
-    init: Callable[[PyTree, PyTree], Carry]
-    noise: Callable[[jax.Array, Carry], PyTree]
-    step: Callable[[PyTree, Carry, PyTree, PyTree, PyTree], tuple[Carry, OnlineOutput]]
+    init: InitFn
+    noise: NoiseFn
+    step: OnlineStepFn
 
 
 def no_noise(key: jax.Array, carry: Carry) -> tuple[()]:
@@ -79,24 +157,7 @@ def no_noise(key: jax.Array, carry: Carry) -> tuple[()]:
     return ()
 
 
-def floats(tree: PyTree) -> PyTree:
-    """``tree`` with None in place of the leaves that cannot be differentiated."""
-    return jax.tree.map(
-        lambda x: x if jnp.issubdtype(jnp.result_type(x), jnp.floating) else None, tree
-    )
-
-
-def merge(floating: PyTree, tree: PyTree) -> PyTree:
-    """Puts the leaves of ``floating`` in their places in ``tree``."""
-    return jax.tree.map(
-        lambda a, b: b if a is None else a,
-        floating,
-        tree,
-        is_leaf=lambda x: x is None,
-    )
-
-
-class Step(NamedTuple):
+class Observed(NamedTuple):
     """One step and its loss as functions of the floating-point leaves alone.
 
     Attributes:
@@ -120,48 +181,74 @@ class Step(NamedTuple):
 
 def observe(
     f: StepFn, loss: LossFn, params: PyTree, h: PyTree, x: PyTree, y: PyTree
-) -> Step:
+) -> Observed:
     """Takes one step of ``f`` and differentiates the loss at its result.
 
     The state is advanced outside of any transformation, so that it stays unbatched
-    when many estimates run beside one state (see ``average``).
+    when many estimates run beside one state (see ``combine.average``).
     """
-    check_state(f, params, h, x)
+    check_functions(f, loss, params, x, h, y)
     h_next = f(params, x, h)
 
-    def float_f(p, s):
+    def float_f(p: PyTree, s: PyTree) -> PyTree:
         return floats(f(merge(p, params), x, merge(s, h)))
 
-    def float_loss(p, s):
+    def float_loss(p: PyTree, s: PyTree) -> jax.Array:
         return loss(merge(p, params), merge(s, h_next), y)
 
-    p, s = floats(params), floats(h_next)
-    value = jax.eval_shape(float_loss, p, s)
+    p = floats(params)
+    gradient = jax.value_and_grad(float_loss, argnums=(0, 1))
+    value, (direct, delta) = gradient(p, floats(h_next))
+    return Observed(h_next, float_f, p, floats(h), value, direct, delta)
+
+
+def start(params: PyTree, h0: PyTree) -> PyTree:
+    """``h0`` with arrays for leaves; ValueError where it or ``params`` is complex."""
+    check_real(params, "params")
+    h0 = as_state(h0, mixed=True)
+    check_real(h0, "h0")
+    return h0
+
+
+def check_functions(
+    f: StepFn, loss: LossFn, params: PyTree, x: PyTree, h: PyTree, y: PyTree
+) -> None:
+    """Raises ValueError unless f maps states to states, and the loss to scalars."""
+    check_real(params, "params")
+    check_real(h, "h")
+    check_like(jax.eval_shape(f, params, x, h), h, "`f`'s output", "its state `h`")
+    value = jax.eval_shape(loss, params, h, y)
     if getattr(value, "shape", None) != ():
         raise ValueError(
             f"`loss(params, h, y)` must return a scalar; got {value}. Take the mean, "
             "or select the loss if it returns (loss, auxiliary)."
         )
-    value, (direct, delta) = jax.value_and_grad(float_loss, argnums=(0, 1))(p, s)
-    return Step(h_next, float_f, p, floats(h), value, direct, delta)
 
 
-def check_state(f: StepFn, params: PyTree, h: PyTree, x: PyTree) -> None:
-    """Raises ValueError unless ``f`` maps states to states of the same kind."""
+def check_real(tree: PyTree, name: str) -> None:
+    """Raises ValueError where a leaf is complex."""
+    for leaf in jax.tree.leaves(tree):
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+            raise ValueError(
+                f"`{name}` holds a complex leaf of shape {jnp.shape(leaf)}; online "
+                "estimators are real. Carry its real and imaginary part instead."
+            )
 
-    def kind(tree):
-        return jax.tree.map(lambda a: (jnp.shape(a), jnp.result_type(a).name), tree)
 
-    for name, tree in (("params", params), ("h", h)):
-        for leaf in jax.tree.leaves(tree):
-            if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
-                raise ValueError(
-                    f"`{name}` holds a complex leaf of shape {jnp.shape(leaf)}; online "
-                    "estimators are real. Carry its real and imaginary part instead."
-                )
-    was, new = kind(h), kind(jax.eval_shape(f, params, x, h))
-    if was != new:
+def check_count(name: str, value: object) -> None:
+    """Raises ValueError unless ``value`` is a Python int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(
-            "`f` must return the same pytree, shapes and dtypes as its state `h`; got "
-            f"{new} for {was}. Does `f` return (h, output)? Select h."
+            f"`{name}` must be a Python int of at least 1; got {value!r}. Arrays and "
+            "tracers cannot be options."
+        )
+
+
+def check_positive(name: str, value: object, most: float = float("inf")) -> None:
+    """Raises ValueError unless ``value`` is a Python number in (0, most]."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < value <= most:
+        raise ValueError(
+            f"`{name}` must be a Python number in (0, {most}]; got {value!r}. Arrays "
+            "and tracers cannot be options."
         )

@@ -9,14 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from rbpjax.online.estimator import (
-    Carry,
-    Estimator,
-    LossFn,
-    OnlineOutput,
-    floats,
-    observe,
-)
+from rbpjax._core.step import floats
+from rbpjax.online.estimator import Carry, Estimator, LossFn, OnlineOutput, observe
 from rbpjax.online.metric import (
     QuasiDiagonalState,
     Rows,
@@ -27,8 +21,7 @@ from rbpjax.online.metric import (
     newest_share,
 )
 from rbpjax.online.nobacktrack import Norms, reduce_units
-from rbpjax.online.noise import state_signs
-from rbpjax.online.rank_one import RankOne
+from rbpjax.online.rank_one import norm, root, state_signs, zero_pair
 from rbpjax.types import PyTree, StepFn
 
 
@@ -37,7 +30,16 @@ class Metric(NamedTuple):
 
     Attributes:
       params: the quasi-diagonal metric of the gradients.
-      state: running mean of δ², like the state.
+      state: running mean of δ², like the floating-point leaves of the state.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rbpjax import online
+      >>> f, loss = lambda a, x, h: a * h + x, lambda a, h, y: jnp.sum(h)
+      >>> est = online.kalman_nobacktrack(f, loss, decay=0.1)
+      >>> metric = est.init(jnp.array(0.5), jnp.zeros(3)).metric
+      >>> int(metric.params.count), metric.state.shape
+      (0, (3,))
     """
 
     params: QuasiDiagonalState
@@ -66,35 +68,47 @@ def kalman_nobacktrack(
     direction is not an unbiased estimate of M⁻¹ times the true gradient, because M
     depends on the noise of the past and, by default, of the present.
 
-    A reconstruction: the structure follows the paper, but the listing of its filter
-    was not available to us; the norm of the state is our choice, as is the 1 in it,
-    which keeps units that the loss does not see at present from being scaled up.
+    A reconstruction, which departs from the paper in two points:
+
+    1. The structure follows the paper, but the listing of its filter was not available
+       to us.
+    2. The norm of the state is our choice, as is the 1 in it, which keeps units that
+       the loss does not see at present from being scaled up.
 
     Cost: as ``nobacktrack`` without ``row_norms``, O(n P) time, plus O(P) for each
-    metric; memory four parameter trees. Works under ``jit``, ``vmap`` and ``scan``.
+    metric; memory four parameter trees, whatever the length of the run. Works under
+    ``jit``, ``vmap`` and ``scan``. A run can be differentiated in forward and reverse
+    mode; reverse mode stores its history.
 
     Args:
       f: step function ``f(params, x, h) -> h``; any pytrees.
       loss: ``loss(params, h, y) -> scalar`` at the new state.
       decay: γ in (0, 1], the forgetting of both metrics.
       rows: arrangement of the parameters by units; see ``scale_by_quasi_diagonal``.
-      damping: added to the diagonal of M.
+      damping: positive, added to the diagonal of M.
       include_current: whether the M that is applied contains the present gradient.
 
     Returns:
-      An ``Estimator``. Its influence is ``RankOne(v, w)``, its metric ``Metric``.
+      An ``Estimator``. Its influence is ``RankOne(v, w)``, v like ``h0``, w like
+      ``params``, its metric ``Metric``; its noise is a pytree of signs like ``h0``.
 
     Raises:
-      ValueError: options out of range, or ``rows`` does not use every number once.
+      ValueError: an option is out of range; from ``init``, if ``rows`` does not use
+        every number once; from ``init`` and ``step`` as in ``Estimator``.
 
     Example:
-      >>> f = lambda W, x, h: jnp.tanh(W @ h + x)
-      >>> est = kalman_nobacktrack(f, lambda W, h, y: jnp.sum((h - y) ** 2), decay=0.1)
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from rbpjax import online
+      >>> f, loss = lambda W, x, h: jnp.tanh(W @ h + x), lambda W, h, y: jnp.sum(h**2)
+      >>> est = online.kalman_nobacktrack(f, loss, decay=0.1)
       >>> W, x, y = 0.5 * jnp.eye(2), jnp.ones(2), jnp.zeros(2)
       >>> carry = est.init(W, jnp.zeros(2))
       >>> noise = est.noise(jax.random.key(0), carry)
       >>> carry, out = est.step(W, carry, x, y, noise)
       >>> W = W - 0.1 * out.grads
+      >>> W.shape, int(carry.metric.params.count)
+      ((2, 2), 1)
 
     References:
       Ollivier, Tallec, Charpiat, "Training recurrent networks online without
@@ -104,13 +118,14 @@ def kalman_nobacktrack(
     """
     check_filter(decay, damping)
 
-    def init(params, h0):
-        zeros = optax.tree.zeros_like
-        h0, p = jax.tree.map(jnp.asarray, h0), floats(params)
-        pair = RankOne(zeros(floats(h0)), zeros(p))
-        return Carry(h0, pair, Metric(empty(rows, p), zeros(floats(h0))))
+    def init(params: PyTree, h0: PyTree) -> Carry:
+        carry = zero_pair(params, h0)
+        unseen = optax.tree.zeros_like(floats(carry.h))
+        return carry._replace(metric=Metric(empty(rows, floats(params)), unseen))
 
-    def step(params, carry, x, y, noise):
+    def step(
+        params: PyTree, carry: Carry, x: PyTree, y: PyTree, noise: PyTree
+    ) -> tuple[Carry, OnlineOutput]:
         learnt, seen = carry.metric
         here = observe(f, loss, params, carry.h, x, y)
 
@@ -119,13 +134,11 @@ def kalman_nobacktrack(
             lambda s: jnp.sqrt(1 + s / jnp.where(mean > 0, mean, 1)), seen
         )
 
-        def params_norm(w):
+        def params_norm(w: PyTree) -> jax.Array:
             solved = apply_inverse(rows, learnt.metric, w, damping)
-            return jnp.sqrt(optax.tree.vdot(w, solved))
+            return root(optax.tree.vdot(w, solved))
 
-        norms = Norms(
-            lambda v: optax.tree.norm(optax.tree.mul(v, units)), params_norm, units
-        )
+        norms = Norms(lambda v: norm(optax.tree.mul(v, units)), params_norm, units)
         influence, grads = reduce_units(here, carry.influence, noise, norms, None)
 
         new = learn(decay, rows, learnt, grads)

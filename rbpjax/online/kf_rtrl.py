@@ -8,24 +8,40 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rbpjax.online.cell import PreactivationCell, check_cell, unit_jacobians
+from rbpjax.online.cell import (
+    PreactivationCell,
+    check_cell,
+    kernel_to_params,
+    unit_jacobians,
+)
 from rbpjax.online.estimator import (
     Carry,
     Estimator,
     LossFn,
     OnlineOutput,
-    merge,
     observe,
+    start,
 )
-from rbpjax.online.rank_one import balance
+from rbpjax.online.rank_one import balance, norm
+from rbpjax.types import PyTree
 
 
 class Kronecker(NamedTuple):
-    """The influence A ⊗ u on the cell's matrix W.
+    """The influence A ⊗ u on the cell's matrix W, in O(n²) memory.
+
+    For n units with S state leaves, a gates and k features; the influence on
+    ``params`` is what ``cell.kernel`` makes of it.
 
     Attributes:
       u: ``[k]``, in the space of the features ĥ.
       a: ``[S, n, a, n]``, in the space of ∂h/∂z: state leaf and unit, gate and unit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rbpjax.online.kf_rtrl import Kronecker
+      >>> g = Kronecker(u=jnp.ones(3), a=jnp.zeros((1, 2, 1, 2)))
+      >>> jnp.einsum("siaj,k->siajk", g.a, g.u).shape  # ∂h/∂W, the whole of it
+      (1, 2, 1, 2, 3)
     """
 
     u: jax.Array
@@ -47,7 +63,8 @@ def kf_rtrl(cell: PreactivationCell, loss: LossFn) -> Estimator:
     only between times, so the variance is far below ``uoro``'s, for more computation.
 
     Cost: O(n) JVPs, time O(n³), memory O(n²), whatever the length of the run. Works
-    under ``jit``, ``vmap`` and ``scan``.
+    under ``jit``, ``vmap`` and ``scan``. A run can be differentiated in forward and
+    reverse mode; reverse mode stores its history.
 
     Args:
       cell: step function as a ``PreactivationCell``. Only ``cell.kernel`` sees
@@ -58,15 +75,19 @@ def kf_rtrl(cell: PreactivationCell, loss: LossFn) -> Estimator:
       An ``Estimator``. Its influence is ``Kronecker(u, a)``; its noise two signs.
 
     Raises:
-      ValueError: ``cell`` is no ``PreactivationCell``.
+      ValueError: ``cell`` is no ``PreactivationCell``; from ``init`` and ``step`` as
+        in ``Estimator``.
 
     Example:
-      >>> cell = PreactivationCell(
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from rbpjax import online
+      >>> cell = online.PreactivationCell(
       ...     kernel=lambda W: W[None],
       ...     features=lambda x, h: jnp.concatenate([h, x]),
       ...     activate=lambda z, h: jnp.tanh(z[0]),
       ... )
-      >>> est = kf_rtrl(cell, loss=lambda W, h, y: jnp.sum((h - y) ** 2))
+      >>> est = online.kf_rtrl(cell, lambda W, h, y: jnp.sum((h - y) ** 2))
       >>> W, x, y = jnp.full((2, 3), 0.5), jnp.ones(1), jnp.zeros(2)
       >>> carry = est.init(W, jnp.zeros(2))
       >>> carry, out = est.step(W, carry, x, y, est.noise(jax.random.key(0), carry))
@@ -80,24 +101,26 @@ def kf_rtrl(cell: PreactivationCell, loss: LossFn) -> Estimator:
     """
     check_cell(cell)
 
-    def init(params, h0):
-        h0 = jax.tree.map(jnp.asarray, h0)
+    def init(params: PyTree, h0: PyTree) -> Carry:
+        h0 = start(params, h0)
         gates, units, size = jnp.shape(cell.kernel(params))
         leaves = len(jax.tree.leaves(h0))
         dtype = jnp.result_type(cell.kernel(params))
         u = jnp.zeros(size, dtype)
         return Carry(h0, Kronecker(u, jnp.zeros((leaves, units, gates, units), dtype)))
 
-    def noise(key, carry):
+    def noise(key: jax.Array, carry: Carry) -> jax.Array:
         return jax.random.rademacher(key, (2,), carry.influence.u.dtype)
 
-    def step(params, carry, x, y, noise):
+    def step(
+        params: PyTree, carry: Carry, x: PyTree, y: PyTree, noise: PyTree
+    ) -> tuple[Carry, OnlineOutput]:
         u, a = carry.influence
         here = observe(cell, loss, params, carry.h, x, y)
         inside = unit_jacobians(cell, params, x, carry.h)
         treedef = jax.tree.structure(carry.h)
 
-        def push(column):  # one column of J A
+        def push(column: jax.Array) -> jax.Array:  # one column of J A
             tangent = treedef.unflatten(list(column))
             _, out = jax.jvp(lambda s: cell(params, x, s), (carry.h,), (tangent,))
             return jnp.stack(jax.tree.leaves(out))
@@ -111,11 +134,11 @@ def kf_rtrl(cell: PreactivationCell, loss: LossFn) -> Estimator:
         kernel_grad = jnp.einsum("si,siaj,k->ajk", delta, ja, u) + jnp.einsum(
             "si,sia,k->aik", delta, inside.gates, inside.features
         )
-        _, to_params = jax.vjp(lambda p: cell.kernel(merge(p, params)), here.params)
-        grads = optax.tree.add(here.direct, to_params(kernel_grad)[0])
+        past_and_last = kernel_to_params(cell, params, kernel_grad)
+        grads = optax.tree.add(here.direct, past_and_last)
 
-        p1 = balance(jnp.linalg.norm(u), jnp.linalg.norm(ja))
-        p2 = balance(jnp.linalg.norm(inside.features), jnp.linalg.norm(inside.gates))
+        p1 = balance(norm(u), norm(ja))
+        p2 = balance(norm(inside.features), norm(inside.gates))
         influence = Kronecker(
             noise[0] * p1 * u + noise[1] * p2 * inside.features,
             noise[0] / p1 * ja + noise[1] / p2 * d,

@@ -1,4 +1,4 @@
-"""SnAp-1: the influence kept where it is immediate."""
+"""SnAp-1 and RFLO: the influence kept within the units."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rbpjax.online.cell import (
     PreactivationCell,
     UnitJacobians,
     check_cell,
+    kernel_to_params,
     unit_jacobians,
 )
 from rbpjax.online.estimator import (
@@ -19,11 +20,14 @@ from rbpjax.online.estimator import (
     Estimator,
     LossFn,
     OnlineOutput,
-    merge,
     no_noise,
     observe,
+    start,
 )
 from rbpjax.types import PyTree
+
+SelfJacobian = Callable[[PyTree, PyTree, PyTree, UnitJacobians], jax.Array]
+"""``(params, x, h, inside) -> [S, S, n]``, new state first."""
 
 
 def snap1(cell: PreactivationCell, loss: LossFn) -> Estimator:
@@ -39,8 +43,9 @@ def snap1(cell: PreactivationCell, loss: LossFn) -> Estimator:
 
     Truncated (biased): influence through other units is lost. Exact where each unit
     feeds back on itself only. No noise. Cost: time and memory O(P S²) for P entries of
-    W and S state leaves, plus the O(n k) of ∂ĥ/∂h. Works under ``jit``, ``vmap``,
-    ``scan``.
+    W and S state leaves, plus the O(n k) of ∂ĥ/∂h, whatever the length of the run.
+    Works under ``jit``, ``vmap`` and ``scan``. A run can be differentiated in forward
+    and reverse mode; reverse mode stores its history.
 
     Args:
       cell: step function as a ``PreactivationCell``.
@@ -50,15 +55,18 @@ def snap1(cell: PreactivationCell, loss: LossFn) -> Estimator:
       An ``Estimator``. Its influence is B, ``[S, a, n, k]``; it needs no noise.
 
     Raises:
-      ValueError: ``cell`` is no ``PreactivationCell``.
+      ValueError: ``cell`` is no ``PreactivationCell``; from ``init`` and ``step`` as
+        in ``Estimator``.
 
     Example:
-      >>> cell = PreactivationCell(
+      >>> import jax.numpy as jnp
+      >>> from rbpjax import online
+      >>> cell = online.PreactivationCell(
       ...     kernel=lambda W: W[None],
       ...     features=lambda x, h: jnp.concatenate([h, x]),
       ...     activate=lambda z, h: jnp.tanh(z[0]),
       ... )
-      >>> est = snap1(cell, loss=lambda W, h, y: jnp.sum((h - y) ** 2))
+      >>> est = online.snap1(cell, lambda W, h, y: jnp.sum((h - y) ** 2))
       >>> W = jnp.full((2, 3), 0.5)
       >>> carry = est.init(W, jnp.zeros(2))
       >>> carry, out = est.step(W, carry, jnp.ones(1), jnp.zeros(2), ())
@@ -70,10 +78,12 @@ def snap1(cell: PreactivationCell, loss: LossFn) -> Estimator:
       Learning", https://arxiv.org/abs/2006.07232.
     """
 
-    def self_jacobian(params, x, h, inside):
+    def self_jacobian(
+        params: PyTree, x: PyTree, h: PyTree, inside: UnitJacobians
+    ) -> jax.Array:
         leaves, treedef = jax.tree.flatten(h)
 
-        def features(stacked):
+        def features(stacked: jax.Array) -> jax.Array:
             return cell.features(x, treedef.unflatten(list(stacked)))
 
         across = jax.jacfwd(features)(jnp.stack(leaves))  # [k, S, n]
@@ -83,8 +93,61 @@ def snap1(cell: PreactivationCell, loss: LossFn) -> Estimator:
     return local_influence(cell, loss, self_jacobian)
 
 
-SelfJacobian = Callable[[PyTree, PyTree, PyTree, UnitJacobians], jax.Array]
-"""``(params, x, h, inside) -> [S, S, n]``, new state first."""
+def rflo(cell: PreactivationCell, loss: LossFn) -> Estimator:
+    """Streams gradients with an eligibility trace in each unit.
+
+    All influence through the recurrent matrix is dropped; what remains is the memory
+    inside the units, such as the leak or the forget gate:
+
+        B ← (∂h'/∂h at fixed z) B + D ⊗ ĥ,    gradient = ∂loss/∂θ + δ B.
+
+    For the leaky cell h' = (1-α) h + α φ(W ĥ) this is the trace of the paper,
+    B ← (1-α) B + α φ' ĥᵀ. Departs from the paper in one point: δ is the true
+    ∂loss/∂h; for a fixed random feedback, give the loss a custom derivative.
+
+    Truncated (biased). Exact where W has no recurrent part. No noise. Cost: time and
+    memory O(P S²) for P entries of W and S state leaves, without any product with W,
+    whatever the length of the run. Works under ``jit``, ``vmap`` and ``scan``. A run
+    can be differentiated in forward and reverse mode; reverse mode stores its history.
+
+    Args:
+      cell: step function as a ``PreactivationCell``.
+      loss: ``loss(params, h, y) -> scalar`` at the new state.
+
+    Returns:
+      An ``Estimator``. Its influence is B, ``[S, a, n, k]``; it needs no noise.
+
+    Raises:
+      ValueError: ``cell`` is no ``PreactivationCell``; from ``init`` and ``step`` as
+        in ``Estimator``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rbpjax import online
+      >>> cell = online.PreactivationCell(
+      ...     kernel=lambda W: W[None],
+      ...     features=lambda x, h: jnp.concatenate([h, x]),
+      ...     activate=lambda z, h: 0.9 * h + 0.1 * jnp.tanh(z[0]),
+      ... )
+      >>> est = online.rflo(cell, lambda W, h, y: jnp.sum((h - y) ** 2))
+      >>> W = jnp.full((2, 3), 0.5)
+      >>> carry = est.init(W, jnp.zeros(2))
+      >>> carry, out = est.step(W, carry, jnp.ones(1), jnp.zeros(2), ())
+      >>> out.grads.shape
+      (2, 3)
+
+    References:
+      Murray, "Local online learning in recurrent networks with random feedback",
+      eLife 8, 2019, https://elifesciences.org/articles/43299.
+    """
+
+    def self_jacobian(
+        params: PyTree, x: PyTree, h: PyTree, inside: UnitJacobians
+    ) -> jax.Array:
+        del params, x, h
+        return inside.local
+
+    return local_influence(cell, loss, self_jacobian)
 
 
 def local_influence(
@@ -93,13 +156,15 @@ def local_influence(
     """An estimator whose influence stays within the units, B ← (self) B + D ⊗ ĥ."""
     check_cell(cell)
 
-    def init(params, h0):
-        h0 = jax.tree.map(jnp.asarray, h0)
+    def init(params: PyTree, h0: PyTree) -> Carry:
+        h0 = start(params, h0)
         kernel = cell.kernel(params)
         shape = (len(jax.tree.leaves(h0)), *kernel.shape)
         return Carry(h0, jnp.zeros(shape, kernel.dtype))
 
-    def step(params, carry, x, y, noise):
+    def step(
+        params: PyTree, carry: Carry, x: PyTree, y: PyTree, noise: PyTree
+    ) -> tuple[Carry, OnlineOutput]:
         del noise
         here = observe(cell, loss, params, carry.h, x, y)
         inside = unit_jacobians(cell, params, x, carry.h)
@@ -108,8 +173,8 @@ def local_influence(
             "tia,k->taik", inside.gates, inside.features
         )
         delta = jnp.stack(jax.tree.leaves(here.delta))
-        _, to_params = jax.vjp(lambda p: cell.kernel(merge(p, params)), here.params)
-        (total,) = to_params(jnp.einsum("ti,taik->aik", delta, influence))
+        kernel_grad = jnp.einsum("ti,taik->aik", delta, influence)
+        total = kernel_to_params(cell, params, kernel_grad)
         out = OnlineOutput(here.loss, optax.tree.add(here.direct, total))
         return Carry(here.h_next, influence), out
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rbpjax.online.estimator import check_positive
 from rbpjax.types import PyTree
 
 Rows = Callable[[PyTree], PyTree]
@@ -25,6 +26,13 @@ class QuasiDiagonal(NamedTuple):
       bias: M₀₀, ``[n]``.
       cross: M₀ₖ, ``[n, k]``.
       weights: Mₖₖ, ``[n, k]``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rbpjax.online.metric import outer
+      >>> metric = outer(jnp.array([[2.0, 3.0, 5.0]]))  # g gᵀ for one unit
+      >>> [part.tolist() for part in metric]
+      [[4.0], [[6.0, 10.0]], [[9.0, 25.0]]]
     """
 
     bias: jax.Array
@@ -62,6 +70,13 @@ class QuasiDiagonalState(NamedTuple):
     Attributes:
       count: updates seen, an int32 scalar.
       metric: a ``QuasiDiagonal`` for each matrix of ``rows``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rbpjax import online
+      >>> state = online.scale_by_quasi_diagonal(0.1).init(jnp.ones((2, 3)))
+      >>> int(state.count), state.metric.bias.shape  # every number stands alone
+      (0, (6,))
     """
 
     count: jax.Array
@@ -86,30 +101,34 @@ def scale_by_quasi_diagonal(
     filter for a constant parameter with forgetting γ, in which the step size *is* the
     decay of the metric; chain with a learning rate for that (see the example).
 
-    Deterministic. Cost: O(P) time, 2 P memory. Works under ``jit``, ``vmap``, ``scan``.
+    Deterministic. Cost: O(P) time, 2 P memory. Works under ``jit``, ``vmap``, ``scan``
+    and in all AD modes.
 
     Args:
       decay: γ in (0, 1], the share of the newest gradient.
       rows: arranges the parameters as matrices ``[n, 1 + k]`` (or a pytree of them),
         a row a unit, its bias first. Without it every number stands alone, and the
         metric is diagonal.
-      damping: added to the diagonal; in units of squared gradients.
+      damping: positive, added to the diagonal; in units of squared gradients.
       include_current: whether M contains the gradient it is applied to. With it, steps
         are bounded; without, the direction is M⁻¹ of the past times g, so that its
         conditional mean is M⁻¹ times the mean of g.
 
     Returns:
-      An ``optax.GradientTransformation``.
+      An ``optax.GradientTransformation``; its state is a ``QuasiDiagonalState``.
 
     Raises:
       ValueError: ``decay`` or ``damping`` out of range, or ``rows`` does not use every
         number once.
 
     Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from rbpjax import online
       >>> params = {"W": jnp.ones((2, 3)), "b": jnp.ones(2)}
       >>> rows = lambda p: jnp.concatenate([p["b"][:, None], p["W"]], axis=1)
       >>> kalman = optax.chain(
-      ...     scale_by_quasi_diagonal(0.01, rows),
+      ...     online.scale_by_quasi_diagonal(0.01, rows),
       ...     optax.scale_by_learning_rate(lambda t: jnp.maximum(0.01, 1 / (t + 1))),
       ... )
       >>> updates, _ = kalman.update(params, kalman.init(params))
@@ -123,10 +142,12 @@ def scale_by_quasi_diagonal(
     """
     check_filter(decay, damping)
 
-    def init(params):
+    def init(params: PyTree) -> QuasiDiagonalState:
         return empty(rows, params)
 
-    def update(updates, state, params=None):
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None
+    ) -> tuple[PyTree, QuasiDiagonalState]:
         del params
         learnt = learn(decay, rows, state, updates)
         used = learnt if include_current else state
@@ -137,11 +158,8 @@ def scale_by_quasi_diagonal(
 
 def check_filter(decay: object, damping: object) -> None:
     """Raises ValueError unless both are Python numbers in their ranges."""
-    for name, value, most in (("decay", decay, 1.0), ("damping", damping, jnp.inf)):
-        if not isinstance(value, (int, float)) or not 0 < value <= most:
-            raise ValueError(
-                f"`{name}` must be a Python number in (0, {most}]; got {value!r}."
-            )
+    check_positive("decay", decay, most=1)
+    check_positive("damping", damping)
 
 
 def empty(rows: Rows | None, params: PyTree) -> QuasiDiagonalState:
@@ -161,7 +179,7 @@ def learn(
     """Mixes the outer products of the gradient ``tree`` into the metric."""
     gamma = newest_share(decay, state.count)
 
-    def mix(g, metric):
+    def mix(g: jax.Array, metric: QuasiDiagonal) -> QuasiDiagonal:
         return jax.tree.map(
             lambda old, new: old + gamma.astype(old.dtype) * (new - old),
             metric,
@@ -184,6 +202,7 @@ def apply_inverse(
 
 
 def _arrange(rows: Rows | None, tree: PyTree) -> PyTree:
+    """The matrices of ``rows``, checked; without it a matrix of one column a leaf."""
     if rows is None:
         return jax.tree.map(lambda leaf: jnp.reshape(leaf, (-1, 1)), tree)
     matrices = rows(tree)

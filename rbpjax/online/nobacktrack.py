@@ -10,17 +10,23 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
+from rbpjax._core.tree import axpy
 from rbpjax.online.estimator import (
     Carry,
     Estimator,
     LossFn,
+    Observed,
     OnlineOutput,
-    Step,
-    floats,
     observe,
 )
-from rbpjax.online.noise import state_signs
-from rbpjax.online.rank_one import RankOne, axpy, balance
+from rbpjax.online.rank_one import (
+    RankOne,
+    balance,
+    norm,
+    push,
+    state_signs,
+    zero_pair,
+)
 from rbpjax.types import PyTree, StepFn
 
 
@@ -43,12 +49,17 @@ def nobacktrack(
     Unbiased at fixed parameters, at every step.
 
     The sum in w is one VJP, because Σᵢ cᵢ Fᵢ = cᵀF; only the norms ‖Fᵢ‖ need the
-    rows one by one. Departs from the paper in using the exact δ F for the last step,
-    which has less variance than reading the gradient from the new pair.
+    rows one by one. Departs from the paper in two points:
+
+    1. The last step enters as the exact δ F, which has less variance than reading the
+       gradient from the new pair.
+    2. ε = 1e-7 is added to both norms of a scale, so that it is 1 where both vanish.
 
     Cost: one step, one JVP and n + 2 VJPs, O(n P), one row at a time; with
     ``row_norms`` 2 VJPs, O(n² + P), as the paper promises. Memory one state and one
-    parameter tree. Works under ``jit``, ``vmap`` and ``scan``.
+    parameter tree, whatever the length of the run. Works under ``jit``, ``vmap`` and
+    ``scan``. A run can be differentiated in forward and reverse mode; reverse mode
+    stores its history.
 
     Args:
       f: step function ``f(params, x, h) -> h``; any pytrees.
@@ -62,12 +73,14 @@ def nobacktrack(
       ``params``; its noise is a pytree of signs like ``h0``.
 
     Raises:
-      ValueError: from ``step``, if ``f`` does not return its state's shapes and
-        dtypes, or ``loss`` no scalar.
+      ValueError: from ``init`` and ``step``; see ``Estimator``.
 
     Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from rbpjax import online
       >>> f = lambda W, x, h: jnp.tanh(W @ h + x)
-      >>> est = nobacktrack(f, loss=lambda W, h, y: jnp.sum((h - y) ** 2))
+      >>> est = online.nobacktrack(f, lambda W, h, y: jnp.sum((h - y) ** 2))
       >>> W, x, y = 0.5 * jnp.eye(2), jnp.ones(2), jnp.zeros(2)
       >>> carry = est.init(W, jnp.zeros(2))
       >>> noise = est.noise(jax.random.key(0), carry)
@@ -80,19 +93,16 @@ def nobacktrack(
       backtracking", https://arxiv.org/abs/1507.07680.
     """
 
-    def init(params, h0):
-        zeros = optax.tree.zeros_like
-        h0 = jax.tree.map(jnp.asarray, h0)
-        return Carry(h0, RankOne(zeros(floats(h0)), zeros(floats(params))))
-
-    def step(params, carry, x, y, noise):
+    def step(
+        params: PyTree, carry: Carry, x: PyTree, y: PyTree, noise: PyTree
+    ) -> tuple[Carry, OnlineOutput]:
         here = observe(f, loss, params, carry.h, x, y)
         known = None if row_norms is None else row_norms(params, x, carry.h)
-        norms = Norms(optax.tree.norm, optax.tree.norm, optax.tree.ones_like(here.h))
+        norms = Norms(norm, norm, optax.tree.ones_like(here.h))
         influence, grads = reduce_units(here, carry.influence, noise, norms, known)
         return Carry(here.h_next, influence), OnlineOutput(here.loss, grads)
 
-    return Estimator(init, state_signs, step)
+    return Estimator(zero_pair, state_signs, step)
 
 
 class Norms(NamedTuple):
@@ -110,28 +120,23 @@ class Norms(NamedTuple):
 
 
 def reduce_units(
-    here: Step, pair: RankOne, signs: PyTree, norms: Norms, known: PyTree | None
+    here: Observed, pair: RankOne, signs: PyTree, norms: Norms, known: PyTree | None
 ) -> tuple[RankOne, PyTree]:
     """One step of the pair, and the gradient of the present loss."""
-    v, w = pair
-    _, vjp = jax.vjp(lambda p: here.f(p, here.h), here.params)
-    _, jv = jax.jvp(lambda s: here.f(here.params, s), (here.h,), (v,))
-    (last,) = vjp(here.delta)
-    past = optax.tree.vdot(here.delta, jv)
-    grads = axpy(past, w, optax.tree.add(here.direct, last))
+    jv, vjp, grads = push(here, pair)
 
     if known is None:
         flat_h, unravel = ravel_pytree(here.h)
 
-        def row_norm(i):
+        def row_norm(i: jax.Array) -> jax.Array:
             unit = unravel(jax.nn.one_hot(i, flat_h.size, dtype=flat_h.dtype))
-            return norms.params(vjp(unit)[0])
+            return norms.params(vjp(unit))
 
         # One row after another keeps the memory at one parameter tree.
         rows = jax.lax.map(row_norm, jnp.arange(flat_h.size))
         known = unravel(rows.astype(flat_h.dtype))
     rho = jax.tree.map(balance, norms.units, known)
-    rho0 = balance(norms.state(jv), norms.params(w))
-    (sum_rows,) = vjp(jax.tree.map(jnp.divide, signs, rho))
+    rho0 = balance(norms.state(jv), norms.params(pair.w))
+    sum_rows = vjp(jax.tree.map(jnp.divide, signs, rho))
     v = axpy(rho0, jv, jax.tree.map(jnp.multiply, signs, rho))
-    return RankOne(v, axpy(1 / rho0, w, sum_rows)), grads
+    return RankOne(v, axpy(1 / rho0, pair.w, sum_rows)), grads

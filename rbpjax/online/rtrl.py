@@ -7,16 +7,17 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
+from rbpjax._core.step import floats
 from rbpjax.online.estimator import (
     Carry,
     Estimator,
     LossFn,
     OnlineOutput,
-    floats,
     no_noise,
     observe,
+    start,
 )
-from rbpjax.types import StepFn
+from rbpjax.types import PyTree, StepFn
 
 
 def rtrl(f: StepFn, loss: LossFn) -> Estimator:
@@ -31,7 +32,8 @@ def rtrl(f: StepFn, loss: LossFn) -> Estimator:
     Cost: with n units and P parameters, n VJPs and one n × n by n × P product a step,
     time O(n² P), which is O(n⁴) for a dense recurrent layer, and memory n P = O(n³),
     whatever the length of the run. It is the oracle for small networks, not a method
-    for large ones. Works under ``jit``, ``vmap``, ``scan`` and in all AD modes.
+    for large ones. Works under ``jit``, ``vmap`` and ``scan``. A run can be
+    differentiated in forward and reverse mode; reverse mode stores its history.
 
     Args:
       f: step function ``f(params, x, h) -> h``; any pytrees.
@@ -43,12 +45,13 @@ def rtrl(f: StepFn, loss: LossFn) -> Estimator:
       leading axis over the units of ``h0``, raveled; it needs no noise.
 
     Raises:
-      ValueError: from ``step``, if ``f`` does not return its state's shapes and
-        dtypes, or ``loss`` no scalar.
+      ValueError: from ``init`` and ``step``; see ``Estimator``.
 
     Example:
+      >>> import jax.numpy as jnp
+      >>> from rbpjax import online
       >>> f = lambda a, x, h: a * h + x  # h₂ = a + 1 from h₀ = 0, x = 1
-      >>> est = rtrl(f, loss=lambda a, h, y: h)
+      >>> est = online.rtrl(f, lambda a, h, y: h)
       >>> carry = est.init(jnp.array(0.5), jnp.array(0.0))
       >>> for _ in range(2):
       ...     carry, out = est.step(jnp.array(0.5), carry, 1.0, None, ())
@@ -61,8 +64,8 @@ def rtrl(f: StepFn, loss: LossFn) -> Estimator:
       Tallec, Charpiat, https://arxiv.org/abs/1507.07680.
     """
 
-    def init(params, h0):
-        h0 = jax.tree.map(jnp.asarray, h0)
+    def init(params: PyTree, h0: PyTree) -> Carry:
+        h0 = start(params, h0)
         units = ravel_pytree(floats(h0))[0].size
         influence = jax.tree.map(
             lambda p: jnp.zeros((units, *jnp.shape(p)), jnp.result_type(p)),
@@ -70,7 +73,9 @@ def rtrl(f: StepFn, loss: LossFn) -> Estimator:
         )
         return Carry(h0, influence)
 
-    def step(params, carry, x, y, noise):
+    def step(
+        params: PyTree, carry: Carry, x: PyTree, y: PyTree, noise: PyTree
+    ) -> tuple[Carry, OnlineOutput]:
         del noise
         here = observe(f, loss, params, carry.h, x, y)
         flat_h, unravel = ravel_pytree(here.h)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 import optax
 
-from rbpjax.online.estimator import (
-    Carry,
-    Estimator,
-    LossFn,
-    OnlineOutput,
-    floats,
-    observe,
+from rbpjax._core.tree import axpy
+from rbpjax.online.estimator import Carry, Estimator, LossFn, OnlineOutput, observe
+from rbpjax.online.rank_one import (
+    RankOne,
+    balance,
+    norm,
+    push,
+    state_signs,
+    zero_pair,
 )
-from rbpjax.online.noise import state_signs
-from rbpjax.online.rank_one import RankOne, axpy, balance
-from rbpjax.types import StepFn
+from rbpjax.types import PyTree, StepFn
 
 
 def uoro(f: StepFn, loss: LossFn) -> Estimator:
@@ -36,12 +34,16 @@ def uoro(f: StepFn, loss: LossFn) -> Estimator:
     noise. While the parameters change, a bias proportional to the step size appears,
     as it does in RTRL. Where J does not contract, the variance grows with time.
 
-    Departs from the authors' code in one point: J v is an exact JVP, not a finite
-    difference, which would be biased (badly so in float32).
+    Departs from the authors' code in two points:
+
+    1. J v is an exact JVP, not a finite difference, which would be biased (badly so
+       in float32).
+    2. ε = 1e-7 is added to both norms of a scale, so that it is 1 where both vanish.
 
     Cost: one step, one JVP, two VJPs in the parameters; memory one state and one
     parameter tree, whatever the length of the run. Works under ``jit``, ``vmap`` and
-    ``scan``. Differentiating through it is possible but stores the history.
+    ``scan``. A run can be differentiated in forward and reverse mode; reverse mode
+    stores its history.
 
     Args:
       f: step function ``f(params, x, h) -> h``; any pytrees.
@@ -53,52 +55,46 @@ def uoro(f: StepFn, loss: LossFn) -> Estimator:
       ``params``; its noise is a pytree of signs like ``h0``.
 
     Raises:
-      ValueError: from ``step``, if ``f`` does not return its state's shapes and
-        dtypes, or ``loss`` no scalar.
+      ValueError: from ``init`` and ``step``; see ``Estimator``.
 
     Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from rbpjax import online
       >>> f = lambda params, x, h: jnp.tanh(params["W"] @ h + x)
       >>> loss = lambda params, h, y: jnp.sum((h - y) ** 2)
       >>> params, xs, ys = {"W": 0.5 * jnp.eye(2)}, jnp.ones((9, 2)), jnp.zeros((9, 2))
-      >>> est = uoro(f, loss)
+      >>> est = online.uoro(f, loss)
       >>> carry = est.init(params, jnp.zeros(2))
-      >>> noise = jax.vmap(est.noise, (0, None))(jax.random.split(jax.random.key(0), 9),
-      ...                                        carry)
-      >>> carry, out = jax.lax.scan(lambda c, a: est.step(params, c, *a), carry,
-      ...                           (xs, ys, noise))
+      >>> keys = jax.random.split(jax.random.key(0), 9)
+      >>> noise = jax.vmap(est.noise, (0, None))(keys, carry)
+      >>> carry, out = jax.lax.scan(
+      ...     lambda carry, xyn: est.step(params, carry, *xyn), carry, (xs, ys, noise)
+      ... )
       >>> out.loss.shape, out.grads["W"].shape
       ((9,), (9, 2, 2))
 
     References:
       Tallec, Ollivier, "Unbiased Online Recurrent Optimization",
-      https://arxiv.org/abs/1702.05043; the placement of the exact last step and of ρ
-      follows the authors' code.
+      https://arxiv.org/abs/1702.05043, Algorithm 1; the placement of the exact last
+      step and of ρ follows the authors' code.
     """
 
-    def init(params, h0):
-        zeros = optax.tree.zeros_like
-        h0 = jax.tree.map(jnp.asarray, h0)
-        return Carry(h0, RankOne(zeros(floats(h0)), zeros(floats(params))))
-
-    def step(params, carry, x, y, noise):
-        v, w = carry.influence
+    def step(
+        params: PyTree, carry: Carry, x: PyTree, y: PyTree, noise: PyTree
+    ) -> tuple[Carry, OnlineOutput]:
         here = observe(f, loss, params, carry.h, x, y)
-        _, vjp = jax.vjp(lambda p: here.f(p, here.h), here.params)
-        _, jv = jax.jvp(lambda s: here.f(here.params, s), (here.h,), (v,))
+        jv, vjp, grads = push(here, carry.influence)
 
-        (last,) = vjp(here.delta)
-        past = optax.tree.vdot(here.delta, jv)  # δ J v without the VJP in h
-        grads = axpy(past, w, optax.tree.add(here.direct, last))
-
-        (nu_f,) = vjp(noise)
+        w, nu_f = carry.influence.w, vjp(noise)
         # One scale for each outer product: w may not be scaled leaf by leaf. That ρ₁
         # sees the present signs does no harm, since it is even in them.
-        rho0 = balance(optax.tree.norm(jv), optax.tree.norm(w))
-        rho1 = balance(optax.tree.norm(noise), optax.tree.norm(nu_f))
+        rho0 = balance(norm(jv), norm(w))
+        rho1 = balance(norm(noise), norm(nu_f))
         influence = RankOne(
             axpy(rho0, jv, optax.tree.scale(rho1, noise)),
             axpy(1 / rho0, w, optax.tree.scale(1 / rho1, nu_f)),
         )
         return Carry(here.h_next, influence), OnlineOutput(here.loss, grads)
 
-    return Estimator(init, state_signs, step)
+    return Estimator(zero_pair, state_signs, step)

@@ -8,62 +8,56 @@ A rule says what is perturbed; its fields say what that estimates. How to choose
 * ``ActivityPerturbation``: the same passes; not the gradient, but one preconditioned by
   the covariance of the activity's change; step sizes do not depend on σ.
 
-``OneSided`` and ``Central`` use passes alone, ``Exact`` a forward derivative.
-``instant`` credit estimates the gradient truncated to one step, ``causal`` that of
-BPTT.
+The parts of a rule are in namespaces of their own:
+
+* ``difference``: ``OneSided`` and ``Central`` use passes alone, ``Exact`` a forward
+  derivative.
+* ``credit``: ``instant`` estimates the gradient truncated to one step, ``causal`` that
+  of BPTT, ``Trace`` what is between them.
+* ``noise``: how directions are drawn.
+* ``norm``: what activity perturbation divides by.
+
+Example:
+  >>> import jax, jax.numpy as jnp
+  >>> from rbpjax import perturb
+  >>> rule = perturb.WeightPerturbation(
+  ...     num_samples=3,
+  ...     difference=perturb.difference.Exact(),
+  ...     noise=perturb.noise.orthonormal,
+  ... )
+  >>> f = perturb.value_and_grad(lambda p: jnp.sum(p**2), rule)
+  >>> p = jnp.array([1.0, 2.0, 3.0])
+  >>> value, grads = f(jax.random.key(0), p)
+  >>> bool(jnp.max(jnp.abs(grads - 2 * p)) < 1e-5)
+  True
 """
 
-from rbpjax.perturb.activity import (
-    ActivityPerturbation,
-    per_layer_step,
-    per_sequence,
-    per_step,
-)
+from rbpjax.perturb import credit, difference, noise, norm
+from rbpjax.perturb.activity import ActivityPerturbation
 from rbpjax.perturb.cell import DenseCell, Nodes
-from rbpjax.perturb.credit import Trace, causal, instant, total
 from rbpjax.perturb.decorrelate import Decorrelation, decorrelate
-from rbpjax.perturb.difference import Central, Exact, OneSided
 from rbpjax.perturb.node import NodePerturbation
-from rbpjax.perturb.noise import (
-    Noise,
-    coordinate,
-    normal,
-    orthonormal,
-    rademacher,
-    sphere,
-)
 from rbpjax.perturb.paper_code import PaperCode, paper_code
-from rbpjax.perturb.recurrent import Trajectory, recurrent_value_and_grad, unroll
+from rbpjax.perturb.recurrent import recurrent_value_and_grad
+from rbpjax.perturb.unroll import Trajectory, unroll
 from rbpjax.perturb.weight import WeightPerturbation, value_and_grad
 
 __all__ = [
     "ActivityPerturbation",
-    "Central",
     "Decorrelation",
     "DenseCell",
-    "Exact",
     "NodePerturbation",
     "Nodes",
-    "Noise",
-    "OneSided",
     "PaperCode",
-    "Trace",
     "Trajectory",
     "WeightPerturbation",
-    "causal",
-    "coordinate",
+    "credit",
     "decorrelate",
-    "instant",
-    "normal",
-    "orthonormal",
+    "difference",
+    "noise",
+    "norm",
     "paper_code",
-    "per_layer_step",
-    "per_sequence",
-    "per_step",
-    "rademacher",
     "recurrent_value_and_grad",
-    "sphere",
-    "total",
     "unroll",
     "value_and_grad",
 ]

@@ -3,74 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from rbpjax._core.strategy import count, function, option, strategy
 from rbpjax.perturb.credit import Credit, causal, instant
 from rbpjax.perturb.difference import Difference, OneSided
-from rbpjax.perturb.node import Derivative, check_rule, credited, credits
+from rbpjax.perturb.node import Derivative, credited, credits
 from rbpjax.perturb.noise import Noise, rademacher
-from rbpjax.types import PyTree, strategy
-
-Blocks = list[tuple[jax.Array, int]]
-Norm = Callable[[Sequence[jax.Array]], Blocks]
-"""Leaves ``[T, examples, units]`` to the squared norm of each one's block, and N."""
+from rbpjax.perturb.norm import Norm, per_layer_step
+from rbpjax.perturb.samples import check_chunk
+from rbpjax.types import PyTree
 
 
-def per_layer_step(leaves: Sequence[jax.Array]) -> Blocks:
-    """Normalizes each leaf of nodes by itself at each step.
-
-    Args:
-      leaves: activity differences, ``[T, examples, units]`` each.
-
-    Returns:
-      For each leaf the squared norms ``[T, examples, 1]`` and the entries of a block.
-
-    Example:
-      >>> [(norm, n)] = per_layer_step([jnp.ones((5, 2, 3))])
-      >>> norm.shape, n
-      ((5, 2, 1), 3)
-    """
-    return [(jnp.sum(a * a, axis=2, keepdims=True), a.shape[2]) for a in leaves]
-
-
-def per_step(leaves: Sequence[jax.Array]) -> Blocks:
-    """Normalizes all nodes of a step together.
-
-    Args:
-      leaves: activity differences, ``[T, examples, units]`` each.
-
-    Returns:
-      For each leaf the squared norms ``[T, examples, 1]`` and the entries of a block.
-
-    Example:
-      >>> blocks = per_step([jnp.ones((5, 2, 3)), jnp.ones((5, 2, 4))])
-      >>> [n for _, n in blocks]
-      [7, 7]
-    """
-    blocks = per_layer_step(leaves)
-    square = jnp.sum(jnp.stack([square for square, _ in blocks]), axis=0)
-    return [(square, sum(n for _, n in blocks))] * len(leaves)
-
-
-def per_sequence(leaves: Sequence[jax.Array]) -> Blocks:
-    """Normalizes all nodes of all steps together.
-
-    Args:
-      leaves: activity differences, ``[T, examples, units]`` each.
-
-    Returns:
-      For each leaf the squared norms ``[1, examples, 1]`` and the entries of a block.
-
-    Example:
-      >>> [(norm, n)] = per_sequence([jnp.ones((5, 2, 3))])
-      >>> norm.shape, n
-      ((1, 2, 1), 15)
-    """
-    blocks = per_step(leaves)
-    return [(jnp.sum(s, axis=0, keepdims=True), n * len(s)) for s, n in blocks]
+def _is_scale(value: object) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number or callable(value)
 
 
 @strategy
@@ -96,17 +46,18 @@ class ActivityPerturbation:
     Frobenius norm of the authors' code. One loss an example has a norm an example, and
     far less variance.
 
-    Cost: as ``NodePerturbation``; memory ``chunk`` × (T × nodes).
+    Cost: as ``NodePerturbation``; memory ``chunk`` × (T × nodes). AD modes: none are
+    needed, nor is its estimate meant to be differentiated.
 
     Attributes:
       num_samples: K, directions to average over.
       chunk: how many of them run at once; divides ``num_samples``; None: all.
-      difference: ``OneSided``, ``Central``, ``Exact``, or a callable like them.
-      noise: how directions are drawn; see ``Noise``.
-      credit: which losses count for nodes that feed the state.
+      difference: one of ``perturb.difference``, or a callable like them.
+      noise: how directions are drawn: one of ``perturb.noise``, or a callable.
+      credit: which losses count for nodes that feed the state: one of
+        ``perturb.credit``, or a callable.
       readout_credit: the same for ``Nodes.readout``.
-      norm: ``per_layer_step``, ``per_step``, ``per_sequence``, a callable like them,
-        or None for the raw δa/σ.
+      norm: one of ``perturb.norm``, a callable like them, or None for the raw δa/σ.
       scale: the factor for a block of N entries: ``float`` is N, ``math.sqrt`` is √N; a
         number is itself. Unused where ``norm`` is None.
 
@@ -116,8 +67,9 @@ class ActivityPerturbation:
       ValueError: a field is not of its kind or range.
 
     Example:
-      >>> ActivityPerturbation(num_samples=64, norm=per_step).num_samples
-      64
+      >>> from rbpjax import perturb
+      >>> perturb.ActivityPerturbation(num_samples=64, scale=2.0)
+      ActivityPerturbation(num_samples=64, scale=2.0)
 
     References:
       García Fernández, Keemink, van Gerven, "Gradient-Free Training of Recurrent
@@ -125,30 +77,33 @@ class ActivityPerturbation:
       The scalings of its public code are ``paper_code``.
     """
 
-    num_samples: int = 1
-    chunk: int | None = None
-    difference: Difference = OneSided()
-    noise: Noise = rademacher
-    credit: Credit = causal
-    readout_credit: Credit = instant
-    norm: Norm | None = per_layer_step
-    scale: Callable[[int], float] | float = float
+    num_samples: int = count(default=1)
+    chunk: int | None = count(default=None)
+    difference: Difference = function(
+        default=OneSided(), meaning="a callable such as perturb.difference.Exact()"
+    )
+    noise: Noise = function(
+        default=rademacher, meaning="a callable such as perturb.noise.rademacher"
+    )
+    credit: Credit = function(
+        default=causal, meaning="a callable such as perturb.credit.causal"
+    )
+    readout_credit: Credit = function(
+        default=instant, meaning="a callable such as perturb.credit.instant"
+    )
+    norm: Norm | None = option(
+        default=per_layer_step,
+        check=lambda value: value is None or callable(value),
+        meaning="None or a callable such as perturb.norm.per_layer_step",
+    )
+    scale: Callable[[int], float] | float = option(
+        default=float,
+        check=_is_scale,
+        meaning="a Python number or a function of the number of nodes, such as sqrt",
+    )
 
-    def __post_init__(self):
-        check_rule(self)
-        if self.norm is not None and not callable(self.norm):
-            raise ValueError(
-                "ActivityPerturbation: `norm` must be None or a callable such as "
-                f"per_layer_step; got {self.norm!r}."
-            )
-        number = isinstance(self.scale, (int, float)) and not isinstance(
-            self.scale, bool
-        )
-        if not (callable(self.scale) or number):
-            raise ValueError(
-                "ActivityPerturbation: `scale` must be a Python number or a function "
-                f"of the number of nodes, such as math.sqrt; got {self.scale!r}."
-            )
+    def __post_init__(self) -> None:
+        check_chunk(self)
 
     def errors(
         self, derivative: Derivative, directions: PyTree, like: PyTree, batched: bool
@@ -169,8 +124,8 @@ class ActivityPerturbation:
         blocks = lambda a: a.shape[1:3] if batched else a.shape[1:2]
         rows = [a.reshape(len(a), math.prod(blocks(a)), -1) for a in leaves]
         made = []
-        for a, (square, count) in zip(leaves, norm(rows), strict=True):
-            scale = self.scale(count) if callable(self.scale) else self.scale
+        for a, (square, size) in zip(leaves, norm(rows), strict=True):
+            scale = self.scale(size) if callable(self.scale) else self.scale
             # Where nothing moved there is nothing to credit, rather than 0/0.
             factor = jnp.where(square > 0, scale / jnp.where(square > 0, square, 1), 0)
             factor = jnp.broadcast_to(factor, (len(a), math.prod(blocks(a)), 1))

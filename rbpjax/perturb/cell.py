@@ -1,11 +1,13 @@
-"""Cells whose nodes can be perturbed: ``cell(params, x, h, noise) -> (h, out, nodes)``.
+"""Cells whose nodes can be perturbed: functions of this form, with any pytrees.
+
+    cell(params, inputs, h, noise) -> (h, out, nodes)
 
 ``nodes`` are the pre-activations of one step, ``noise`` is a pytree like them, and the
 cell adds the one to the other *before* it returns and uses the sum:
 
-    a = W x + R h + noise,    h = φ(a),    nodes = a.
+    a = W inputs + R h + noise,    h = φ(a),    nodes = a.
 
-Any function of this form is a cell. Every parameter should act through nodes: what
+Every parameter should act through nodes: what
 does not has gradient zero. Entries of one leaf may not depend on each other within a
 step; a node that depends on another is a leaf of its own.
 """
@@ -15,14 +17,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 
+from rbpjax._core.step import check_like
 from rbpjax.types import PyTree
 
 Cell = Callable[[PyTree, PyTree, PyTree, PyTree], tuple[PyTree, PyTree, PyTree]]
+"""``cell(params, inputs, h, noise) -> (h, out, nodes)``: one step, its nodes shown."""
 
 
 class Nodes(NamedTuple):
@@ -35,6 +39,17 @@ class Nodes(NamedTuple):
     Attributes:
       recurrent: pytree of nodes from which the next state can be reached.
       readout: pytree of nodes from which it cannot.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rbpjax import perturb
+      >>> def cell(params, inputs, h, noise):
+      ...     a = params["w"] * h + inputs + noise.recurrent
+      ...     b = params["c"] * jnp.tanh(a) + noise.readout
+      ...     return jnp.tanh(a), b, perturb.Nodes(a, b)
+      >>> params = {"w": jnp.array(0.5), "c": jnp.array(2.0)}
+      >>> perturb.unroll(cell, params, jnp.zeros(3), jnp.array(0.0)).outputs.tolist()
+      [0.0, 0.0, 0.0]
     """
 
     recurrent: PyTree
@@ -46,26 +61,30 @@ class Nodes(NamedTuple):
     data_fields=["decorrelation"],
     meta_fields=["activation"],
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DenseCell:
     """A plain recurrent network with a linear readout.
 
         a = A x + R h + ξ,    h' = D φ(a),    b = B h' + ν,
 
     with nodes a and b, noise ξ and ν. D is the decorrelation, the identity if there is
-    none; no gradient reaches it. For a bias give x an entry that is 1. Leading axes of
-    ``x`` and ``h`` are batch axes.
+    none; no gradient reaches it. For a bias give x, the inputs, an entry that is 1.
+    Leading axes of ``inputs`` and ``h`` are batch axes.
 
-    The parameters are ``{"input": A, "recurrent": R, "readout": B}``.
+    The parameters are ``{"input": A, "recurrent": R, "readout": B}``, of shapes
+    ``[units, inputs]``, ``[units, units]`` and ``[outputs, units]``. Cost: a product a
+    matrix and step. AD modes: all. A pytree, so that D may be a traced array.
 
     Attributes:
       activation: φ, elementwise.
       decorrelation: D, ``[units, units]`` (see ``decorrelate``), or None.
 
     Example:
-      >>> cell = DenseCell()
+      >>> import jax, jax.numpy as jnp
+      >>> from rbpjax import perturb
+      >>> cell = perturb.DenseCell()
       >>> params = cell.init(jax.random.key(0), inputs=3, units=8, outputs=2)
-      >>> noise = Nodes(jnp.zeros(8), jnp.zeros(2))
+      >>> noise = perturb.Nodes(jnp.zeros(8), jnp.zeros(2))
       >>> h, out, nodes = cell(params, jnp.ones(3), jnp.zeros(8), noise)
       >>> h.shape, out.shape, nodes.recurrent.shape
       ((8,), (2,), (8,))
@@ -80,7 +99,7 @@ class DenseCell:
     decorrelation: jax.Array | None = None
 
     def init(
-        self, key: jax.Array, inputs: int, units: int, outputs: int
+        self, key: jax.Array, *, inputs: int, units: int, outputs: int
     ) -> dict[str, jax.Array]:
         """Draws Xavier-normal parameters, as the authors' code does."""
         draw = jax.nn.initializers.glorot_normal(in_axis=1, out_axis=0)
@@ -92,10 +111,14 @@ class DenseCell:
         }
 
     def __call__(
-        self, params: dict[str, jax.Array], x: jax.Array, h: jax.Array, noise: PyTree
+        self,
+        params: dict[str, jax.Array],
+        inputs: jax.Array,
+        h: jax.Array,
+        noise: Nodes,
     ) -> tuple[jax.Array, jax.Array, Nodes]:
-        """One step."""
-        a = x @ params["input"].T + h @ params["recurrent"].T + noise.recurrent
+        """One step: ``(h, out, nodes)``."""
+        a = inputs @ params["input"].T + h @ params["recurrent"].T + noise.recurrent
         h = self.activation(a)
         if self.decorrelation is not None:
             h = h @ jax.lax.stop_gradient(self.decorrelation).T
@@ -105,7 +128,7 @@ class DenseCell:
     def pullback(
         self,
         params: dict[str, jax.Array],
-        xs: jax.Array,
+        inputs: jax.Array,
         before: jax.Array,
         after: jax.Array,
         errors: Nodes,
@@ -114,7 +137,7 @@ class DenseCell:
         del params
         outer = lambda e, x: e.reshape(-1, e.shape[-1]).T @ x.reshape(-1, x.shape[-1])
         return {
-            "input": outer(errors.recurrent, xs),
+            "input": outer(errors.recurrent, inputs),
             "recurrent": outer(errors.recurrent, before),
             "readout": outer(errors.readout, after),
         }
@@ -123,7 +146,7 @@ class DenseCell:
 def local_pullback(
     cell: Cell,
     params: PyTree,
-    xs: PyTree,
+    inputs: PyTree,
     before: PyTree,
     noise: PyTree,
     errors: PyTree,
@@ -138,7 +161,7 @@ def local_pullback(
     and no correction at all for a single leaf.
     """
     step = jax.vmap(lambda p, n, x, h: cell(p, x, h, n)[2], (None, 0, 0, 0))
-    _, vjp = jax.vjp(lambda p, n: step(p, n, xs, before), params, noise)
+    _, vjp = jax.vjp(lambda p, n: step(p, n, inputs, before), params, noise)
     adjoint = errors
     for _ in range(len(jax.tree.leaves(errors)) - 1):
         adjoint = jax.tree.map(
@@ -150,54 +173,51 @@ def local_pullback(
 class _AnyNoise:
     """Noise of any structure, all zero: shows which structure a cell asks for."""
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: object) -> Self:
         return self
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Self:
         if name.startswith("_"):
             raise AttributeError(name)
         return self
 
-    def __jax_array__(self):
+    def __jax_array__(self) -> jax.Array:
         return jnp.asarray(0.0)  # weakly typed: the nodes keep their dtype
 
-    def __iter__(self):
+    def __iter__(self) -> None:
         raise TypeError("noise is not iterated over here: index it")
 
 
-def nodes_like(cell: Cell, params: PyTree, x: PyTree, h: PyTree) -> PyTree:
+def nodes_like(cell: Cell, params: PyTree, inputs: PyTree, h: PyTree) -> PyTree:
     """Shapes of the nodes of one step, checked; ValueError if the cell is none."""
     probe = lambda p, x, h: cell(p, x, h, _AnyNoise())
     try:
-        result = jax.eval_shape(probe, params, x, h)
+        result = jax.eval_shape(probe, params, inputs, h)
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise ValueError(
-            "`cell(params, x, h, noise)` could not be called with noise of the "
+            "`cell(params, inputs, h, noise)` could not be called with noise of the "
             f"structure of its nodes ({type(error).__name__}: {error}). Add the noise "
             "leaf by leaf (noise.recurrent, noise[0], noise['gate']) to the nodes."
         ) from error
     if not isinstance(result, tuple) or len(result) != 3:
         raise ValueError(
-            "`cell(params, x, h, noise)` must return (h, out, nodes); got "
+            "`cell(params, inputs, h, noise)` must return (h, out, nodes); got "
             f"{jax.tree.structure(result)}."
         )
     nodes = result[2]
-    _check_call(cell, params, x, h, nodes)
+    _check_call(cell, params, inputs, h, nodes)
     return nodes
 
 
 def _check_call(
-    cell: Cell, params: PyTree, x: PyTree, h: PyTree, nodes: PyTree
+    cell: Cell, params: PyTree, inputs: PyTree, h: PyTree, nodes: PyTree
 ) -> None:
     """Raises ValueError unless noise like the nodes goes in and shows in them."""
-    kind = lambda t: jax.tree.map(
-        lambda a: (jnp.shape(a), jnp.result_type(a)), t
-    )  # what must agree
     if not jax.tree.leaves(nodes):
         raise ValueError("`cell` returned no nodes: there is nothing to perturb.")
     try:
         traced = jax.make_jaxpr(lambda n, p, x, h: cell(p, x, h, n), return_shape=True)(
-            nodes, params, x, h
+            nodes, params, inputs, h
         )
     except Exception as error:
         raise ValueError(
@@ -206,15 +226,10 @@ def _check_call(
             "that noise was added to, in the same structure."
         ) from error
     jaxpr, (new_h, _, new_nodes) = traced
-    if kind(new_nodes) != kind(nodes):
-        raise ValueError(
-            f"`cell` returned nodes {new_nodes} for noise {nodes}. Nodes and noise "
-            "must agree in structure, shapes and dtypes."
-        )
-    if kind(new_h) != kind(h):
-        raise ValueError(
-            f"`cell` must return a state like `h0`, {kind(h)}; got {kind(new_h)}."
-        )
+    remedy = "Return as nodes just those values that noise was added to."
+    check_like(new_nodes, nodes, "`cell`'s nodes", "the noise", remedy)
+    remedy = "A cell returns (h, out, nodes), h in the dtypes of `h0`."
+    check_like(new_h, h, "`cell`'s state", "`h0`", remedy)
     count = len(jax.tree.leaves(nodes))
     outputs = jaxpr.jaxpr.outvars[-count:]
     for noise, node in zip(jaxpr.jaxpr.invars[:count], outputs, strict=True):

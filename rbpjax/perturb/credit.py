@@ -1,12 +1,22 @@
-"""Which losses a perturbation answers for: any map from δL ``[T, …]`` to credits.
+"""Which losses a perturbation answers for: a public namespace of credits.
 
-With the change δL_t of the loss at step t, noise of step t is credited with
+A credit maps the changes of the losses, δL ``[T, …]``, to credits of that shape. Any
+callable that does so serves. Noise of step t is credited with
 
 * ``instant``: δL_t: estimates the gradient truncated to one step;
 * ``causal``: Σ_{s≥t} δL_s: estimates the gradient through time, as BPTT has it;
 * ``total``: Σ_s δL_s: the same mean with more variance for node and weight
   perturbation; for activity perturbation it adds a spurious term;
-* ``Trace(decay)``: Σ_{s≥t} decay^(s-t) δL_s: between the first two.
+* ``Trace(decay=γ)``: Σ_{s≥t} γ^(s-t) δL_s: between the first two.
+
+Cost: a sum over the T changes. AD modes: all.
+
+Example:
+  >>> import jax.numpy as jnp
+  >>> from rbpjax import perturb
+  >>> delta = jnp.array([1.0, 2.0, 4.0])
+  >>> perturb.credit.Trace(decay=0.5)(delta).tolist()
+  [3.0, 4.0, 4.0]
 """
 
 from __future__ import annotations
@@ -16,9 +26,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from rbpjax.types import check_real, strategy
+from rbpjax._core.strategy import real, strategy
+
+__all__ = ["Credit", "Trace", "causal", "instant", "total"]
 
 Credit = Callable[[jax.Array], jax.Array]
+"""Changes of the losses ``[T, …]`` to the credits of the noise of each step."""
 
 
 def instant(delta: jax.Array) -> jax.Array:
@@ -31,8 +44,14 @@ def instant(delta: jax.Array) -> jax.Array:
       ``delta`` as it is.
 
     Example:
-      >>> instant(jnp.array([1.0, 2.0, 4.0]))
-      Array([1., 2., 4.], dtype=float64)
+      >>> import jax.numpy as jnp
+      >>> from rbpjax import perturb
+      >>> perturb.credit.instant(jnp.array([1.0, 2.0, 4.0])).tolist()
+      [1.0, 2.0, 4.0]
+
+    References:
+      García Fernández, Keemink, van Gerven, "Gradient-Free Training of Recurrent
+      Neural Networks using Random Perturbations", https://arxiv.org/abs/2405.08967.
     """
     return delta
 
@@ -47,8 +66,14 @@ def causal(delta: jax.Array) -> jax.Array:
       Sums from each step to the end, ``[T, …]``.
 
     Example:
-      >>> causal(jnp.array([1.0, 2.0, 4.0]))
-      Array([7., 6., 4.], dtype=float64)
+      >>> import jax.numpy as jnp
+      >>> from rbpjax import perturb
+      >>> perturb.credit.causal(jnp.array([1.0, 2.0, 4.0])).tolist()
+      [7.0, 6.0, 4.0]
+
+    References:
+      Züge, Klos, Memmesheimer, "Weight versus Node Perturbation Learning in Temporally
+      Extended Tasks", PRX 13, 021006, 2023.
     """
     return jnp.cumsum(delta[::-1], axis=0)[::-1]
 
@@ -63,8 +88,14 @@ def total(delta: jax.Array) -> jax.Array:
       The sum over time at each step, ``[T, …]``.
 
     Example:
-      >>> total(jnp.array([1.0, 2.0, 4.0]))
-      Array([7., 7., 7.], dtype=float64)
+      >>> import jax.numpy as jnp
+      >>> from rbpjax import perturb
+      >>> perturb.credit.total(jnp.array([1.0, 2.0, 4.0])).tolist()
+      [7.0, 7.0, 7.0]
+
+    References:
+      Züge, Klos, Memmesheimer, "Weight versus Node Perturbation Learning in Temporally
+      Extended Tasks", PRX 13, 021006, 2023.
     """
     return jnp.broadcast_to(jnp.sum(delta, axis=0, keepdims=True), delta.shape)
 
@@ -74,7 +105,8 @@ class Trace:
     """Credits a perturbation with later losses, discounted.
 
     The sum that an eligibility trace E_t = decay E_{t-1} + ξ_t makes when it is paid
-    δL_t at every step. ``Trace(0)`` is ``instant``, ``Trace(1)`` is ``causal``.
+    δL_t at every step. ``Trace(decay=0)`` is ``instant``, ``Trace(decay=1)`` is
+    ``causal``. Between them the gradient estimated is that of neither.
 
     Attributes:
       decay: discount a step, in [0, 1].
@@ -83,21 +115,22 @@ class Trace:
       ValueError: ``decay`` is no Python number in [0, 1].
 
     Example:
-      >>> Trace(0.5)(jnp.array([1.0, 2.0, 4.0]))
-      Array([3., 4., 4.], dtype=float64)
+      >>> import jax.numpy as jnp
+      >>> from rbpjax import perturb
+      >>> perturb.credit.Trace(decay=0.5)(jnp.array([1.0, 2.0, 4.0])).tolist()
+      [3.0, 4.0, 4.0]
+
+    References:
+      Williams, "Simple statistical gradient-following algorithms for connectionist
+      reinforcement learning", Machine Learning 8, 1992 (eligibilities).
     """
 
-    decay: float
-
-    def __post_init__(self):
-        check_real(self, "decay", self.decay)
-        if self.decay > 1:
-            raise ValueError(f"Trace: `decay` must be at most 1; got {self.decay!r}.")
+    decay: float = real(maximum=1.0)
 
     def __call__(self, delta: jax.Array) -> jax.Array:
         """Returns the credits, ``[T, …]``."""
 
-        def body(later, now):
+        def body(later: jax.Array, now: jax.Array) -> tuple[jax.Array, jax.Array]:
             later = now + self.decay * later
             return later, later
 

@@ -1,7 +1,18 @@
-"""How a directional derivative is measured: any callable with this contract.
+"""How a directional derivative is measured: a public namespace of differences.
 
 ``difference(run, clean)`` estimates the derivative of ``run(amount)`` in the scalar
-``amount`` at 0, given ``clean = run(0)``: a pytree like ``clean``.
+``amount`` at 0, given ``clean = run(0)``, and returns a pytree like ``clean``. Any
+callable with this contract serves.
+
+* ``OneSided(sigma=…)``: one perturbed pass, biased by O(σ) in a single sample;
+* ``Central(sigma=…)``: two of them, biased by O(σ²);
+* ``Exact()``: a forward derivative, no bias.
+
+Example:
+  >>> from rbpjax import perturb
+  >>> exact = perturb.difference.Exact()
+  >>> float(exact(lambda amount: (3 + amount) ** 2, 9.0))
+  6.0
 """
 
 from __future__ import annotations
@@ -10,9 +21,17 @@ from collections.abc import Callable
 
 import jax
 
-from rbpjax.types import PyTree, check_real, strategy
+from rbpjax._core.strategy import real, strategy
+from rbpjax.types import PyTree
+
+__all__ = ["Central", "Difference", "Exact", "OneSided", "Run"]
 
 Run = Callable[[jax.typing.ArrayLike], PyTree]
+"""A pass with ``amount`` of a perturbation, 0 for none."""
+
+Difference = Callable[[Run, PyTree], PyTree]
+"""``difference(run, clean)``: the derivative of ``run`` at 0, a pytree like ``clean``.
+"""
 
 
 @strategy
@@ -25,21 +44,23 @@ class OneSided:
     near the best.
 
     Attributes:
-      sigma: size of the perturbation.
+      sigma: size of the perturbation, above 0; the limit of 0 is ``Exact()``.
 
     Raises:
       ValueError: ``sigma`` is no positive Python number.
 
     Example:
-      >>> difference = OneSided(sigma=0.5)
-      >>> difference(lambda s: (3 + s) ** 2, 9.0)  # 2 · 3 + 0.5
+      >>> from rbpjax import perturb
+      >>> one_sided = perturb.difference.OneSided(sigma=0.5)
+      >>> one_sided(lambda amount: (3 + amount) ** 2, 9.0)  # 2 · 3 + 0.5
       6.5
+
+    References:
+      Spall, "Multivariate stochastic approximation using a simultaneous perturbation
+      gradient approximation", IEEE Transactions on Automatic Control 37, 1992.
     """
 
-    sigma: float = 1e-4
-
-    def __post_init__(self):
-        _check_sigma(self, self.sigma)
+    sigma: float = real(default=1e-4, above=0.0)
 
     def __call__(self, run: Run, clean: PyTree) -> PyTree:
         """Returns the difference quotient."""
@@ -55,21 +76,23 @@ class Central:
     between 3e-4 and 1e-3 is near the best.
 
     Attributes:
-      sigma: size of the perturbation.
+      sigma: size of the perturbation, above 0; the limit of 0 is ``Exact()``.
 
     Raises:
       ValueError: ``sigma`` is no positive Python number.
 
     Example:
-      >>> difference = Central(sigma=0.5)
-      >>> difference(lambda s: (3 + s) ** 2, 9.0)
+      >>> from rbpjax import perturb
+      >>> central = perturb.difference.Central(sigma=0.5)
+      >>> central(lambda amount: (3 + amount) ** 2, 9.0)
       6.0
+
+    References:
+      Spall, "Multivariate stochastic approximation using a simultaneous perturbation
+      gradient approximation", IEEE Transactions on Automatic Control 37, 1992.
     """
 
-    sigma: float = 1e-3
-
-    def __post_init__(self):
-        _check_sigma(self, self.sigma)
+    sigma: float = real(default=1e-3, above=0.0)
 
     def __call__(self, run: Run, clean: PyTree) -> PyTree:
         """Returns the central difference quotient."""
@@ -86,24 +109,17 @@ class Exact:
     forward mode. Weight perturbation with it is the forward gradient.
 
     Example:
-      >>> difference = Exact()
-      >>> float(difference(lambda s: (3 + s) ** 2, 9.0))
+      >>> from rbpjax import perturb
+      >>> exact = perturb.difference.Exact()
+      >>> float(exact(lambda amount: (3 + amount) ** 2, 9.0))
       6.0
+
+    References:
+      Baydin et al., "Gradients without Backpropagation",
+      https://arxiv.org/abs/2202.08587.
     """
 
     def __call__(self, run: Run, clean: PyTree) -> PyTree:
         """Returns the directional derivative."""
         del clean
         return jax.jvp(run, (0.0,), (1.0,))[1]
-
-
-Difference = Callable[[Run, PyTree], PyTree]
-
-
-def _check_sigma(owner: object, sigma: object) -> None:
-    check_real(owner, "sigma", sigma)
-    if sigma == 0:
-        raise ValueError(
-            f"{type(owner).__name__}: `sigma` must be above 0; got {sigma!r}. The "
-            "limit of no noise is Exact()."
-        )

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import jax
 
+from rbpjax._core.strategy import count, function, real, strategy
 from rbpjax.perturb.cell import Nodes
 from rbpjax.perturb.credit import Credit, causal, instant
 from rbpjax.perturb.difference import Difference, OneSided
 from rbpjax.perturb.noise import Noise, rademacher
-from rbpjax.perturb.samples import check_callable, check_samples
-from rbpjax.types import PyTree, check_real, strategy
+from rbpjax.perturb.samples import check_chunk
+from rbpjax.types import PyTree
 
 Derivative = Callable[[bool], tuple[jax.Array, PyTree]]
 """(δL/σ ``[T, samples, …]``, δa/σ if asked for), of all samples of a chunk."""
@@ -28,8 +29,8 @@ class NodePerturbation:
     decided by the credit, up to O(σ²) (not at all with ``Exact()``):
 
     * ``causal``, ``total``: the gradient through time. Unbiased.
-    * ``instant``: the gradient truncated to one step, that of ``tbptt`` with
-      truncation 1. Biased wherever memory matters.
+    * ``instant``: the gradient of BPTT truncated to one step. Biased wherever memory
+      matters.
 
     The variance grows with the number of nodes, steps and examples, not with the number
     of weights. For a matrix W of m rows with input x, all of the loss credited
@@ -38,14 +39,16 @@ class NodePerturbation:
 
     Cost: clean pass, samples × the cost of ``difference``, one product a matrix; memory
     ``chunk`` × (T × nodes), and no copy of the parameters. To be used with
-    ``recurrent_value_and_grad``.
+    ``recurrent_value_and_grad``. AD modes: none are needed, nor is its estimate meant
+    to be differentiated.
 
     Attributes:
       num_samples: K, directions to average over.
       chunk: how many of them run at once; divides ``num_samples``; None: all.
-      difference: ``OneSided``, ``Central``, ``Exact``, or a callable like them.
-      noise: how directions are drawn; see ``Noise``.
-      credit: which losses count for nodes that feed the state; see ``Trace``.
+      difference: one of ``perturb.difference``, or a callable like them.
+      noise: how directions are drawn: one of ``perturb.noise``, or a callable.
+      credit: which losses count for nodes that feed the state: one of
+        ``perturb.credit``, or a callable.
       readout_credit: the same for ``Nodes.readout``. ``instant`` is exact there.
       scale: factor on the gradient; 1 for the estimates above.
 
@@ -53,25 +56,33 @@ class NodePerturbation:
       ValueError: a field is not of its kind or range.
 
     Example:
-      >>> NodePerturbation(num_samples=64, chunk=16).chunk
-      16
+      >>> from rbpjax import perturb
+      >>> perturb.NodePerturbation(num_samples=64, chunk=16)
+      NodePerturbation(num_samples=64, chunk=16)
 
     References:
       Züge, Klos, Memmesheimer, "Weight versus Node Perturbation Learning in Temporally
       Extended Tasks", PRX 13, 021006, 2023.
     """
 
-    num_samples: int = 1
-    chunk: int | None = None
-    difference: Difference = OneSided()
-    noise: Noise = rademacher
-    credit: Credit = causal
-    readout_credit: Credit = instant
-    scale: float = 1.0
+    num_samples: int = count(default=1)
+    chunk: int | None = count(default=None)
+    difference: Difference = function(
+        default=OneSided(), meaning="a callable such as perturb.difference.Exact()"
+    )
+    noise: Noise = function(
+        default=rademacher, meaning="a callable such as perturb.noise.rademacher"
+    )
+    credit: Credit = function(
+        default=causal, meaning="a callable such as perturb.credit.causal"
+    )
+    readout_credit: Credit = function(
+        default=instant, meaning="a callable such as perturb.credit.instant"
+    )
+    scale: float = real(default=1.0)
 
-    def __post_init__(self):
-        check_rule(self)
-        check_real(self, "scale", self.scale)
+    def __post_init__(self) -> None:
+        check_chunk(self)
 
     def errors(
         self, derivative: Derivative, directions: PyTree, like: PyTree, batched: bool
@@ -82,16 +93,17 @@ class NodePerturbation:
         return credited(credits(self, self.scale * delta, like), directions, like)
 
 
-def check_rule(rule: Any) -> None:
-    """Raises ValueError unless the fields that node rules share are valid."""
-    check_samples(rule, rule.num_samples, rule.chunk)
-    check_callable(rule, "difference", rule.difference, "OneSided(1e-4) or Exact()")
-    check_callable(rule, "noise", rule.noise, "rademacher or normal")
-    check_callable(rule, "credit", rule.credit, "causal or Trace(0.9)")
-    check_callable(rule, "readout_credit", rule.readout_credit, "instant")
+class _Credited(Protocol):
+    """A rule that credits nodes, those that feed the state apart from the others."""
+
+    @property
+    def credit(self) -> Credit: ...
+
+    @property
+    def readout_credit(self) -> Credit: ...
 
 
-def credits(rule: Any, delta: jax.Array, like: PyTree) -> PyTree:
+def credits(rule: _Credited, delta: jax.Array, like: PyTree) -> PyTree:
     """For each leaf of nodes its credits, by step, sample and example."""
     fill = lambda credit, nodes: jax.tree.map(lambda _: credit, nodes)
     recurrent = rule.credit(delta)

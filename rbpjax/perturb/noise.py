@@ -1,4 +1,20 @@
-"""Directions to perturb in: any callable with the contract of ``Noise``."""
+"""Directions to perturb in: a public namespace of noises, each a ``Noise``.
+
+* ``rademacher``: signs; the default, cheapest to draw and least variance;
+* ``normal``: Gaussian entries; one more ‖g‖² of variance on either side;
+* ``sphere``: Gaussian directions of one length;
+* ``orthonormal``, ``coordinate``: frames; a whole one has no variance left.
+
+Cost: a random number an entry (a bit an entry for signs), and the square of the size
+for ``orthonormal``. Not differentiable in the key; nothing else is an argument.
+
+Example:
+  >>> import jax, jax.numpy as jnp
+  >>> from rbpjax import perturb
+  >>> first_three = jnp.arange(3)
+  >>> perturb.noise.normal(jax.random.key(0), first_three, 5, jnp.float32).shape
+  (3, 5)
+"""
 
 from __future__ import annotations
 
@@ -7,7 +23,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from rbpjax.types import PyTree
+__all__ = ["Noise", "coordinate", "normal", "orthonormal", "rademacher", "sphere"]
 
 
 class Noise(Protocol):
@@ -18,6 +34,19 @@ class Noise(Protocol):
     length draw the same directions. Any such callable serves; one that ignores ``key``
     and returns rows of a table makes an enumeration. The result may have a narrower
     dtype than ``dtype`` (signs are bytes): memory, not arithmetic, is what noise costs.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from rbpjax import perturb
+      >>> def halves(key, indices, size, dtype):  # one entry in two, times √2
+      ...     def draw(i):
+      ...         keys = jax.random.split(jax.random.fold_in(key, i))
+      ...         kept = jax.random.bernoulli(keys[0], 0.5, (size,)).astype(dtype)
+      ...         return 2**0.5 * kept * jax.random.rademacher(keys[1], (size,), dtype)
+      ...     return jax.vmap(draw)(indices)
+      >>> rule = perturb.NodePerturbation(noise=halves)
+      >>> rule.noise(jax.random.key(0), jnp.arange(2), 7, jnp.float32).shape
+      (2, 7)
     """
 
     def __call__(
@@ -44,8 +73,15 @@ def normal(
       Directions, ``[k, size]``.
 
     Example:
-      >>> normal(jax.random.key(0), jnp.arange(3), 5, jnp.float32).shape
+      >>> import jax, jax.numpy as jnp
+      >>> from rbpjax import perturb
+      >>> indices = jnp.arange(3)
+      >>> perturb.noise.normal(jax.random.key(0), indices, 5, jnp.float32).shape
       (3, 5)
+
+    References:
+      Nesterov and Spokoiny, "Random gradient-free minimization of convex functions",
+      Foundations of Computational Mathematics 17, 2017.
     """
     return jax.vmap(lambda i: jax.random.normal(_at(key, i), (size,), dtype))(indices)
 
@@ -67,9 +103,16 @@ def rademacher(
       Directions, ``[k, size]``, int8 entries ±1.
 
     Example:
-      >>> v = rademacher(jax.random.key(0), jnp.arange(3), 5, jnp.float32)
+      >>> import jax, jax.numpy as jnp
+      >>> from rbpjax import perturb
+      >>> indices = jnp.arange(3)
+      >>> v = perturb.noise.rademacher(jax.random.key(0), indices, 5, jnp.float32)
       >>> v.shape, bool(jnp.all(v * v == 1))
       ((3, 5), True)
+
+    References:
+      Spall, "Multivariate stochastic approximation using a simultaneous perturbation
+      gradient approximation", IEEE Transactions on Automatic Control 37, 1992.
     """
     del dtype
 
@@ -102,9 +145,15 @@ def sphere(
       Directions, ``[k, size]``, each of norm √size.
 
     Example:
-      >>> v = sphere(jax.random.key(0), jnp.arange(3), 4, jnp.float64)
-      >>> jnp.linalg.norm(v, axis=1).round(6)
-      Array([2., 2., 2.], dtype=float64)
+      >>> import jax, jax.numpy as jnp
+      >>> from rbpjax import perturb
+      >>> v = perturb.noise.sphere(jax.random.key(0), jnp.arange(3), 4, jnp.float32)
+      >>> jnp.linalg.norm(v, axis=1).round(3).tolist()
+      [2.0, 2.0, 2.0]
+
+    References:
+      Flaxman, Kalai, McMahan, "Online convex optimization in the bandit setting",
+      SODA 2005.
     """
     v = normal(key, indices, size, dtype)
     return v * (size**0.5 / jnp.linalg.norm(v, axis=1, keepdims=True))
@@ -129,9 +178,16 @@ def orthonormal(
       Directions, ``[k, size]``, orthogonal, each of norm √size.
 
     Example:
-      >>> v = orthonormal(jax.random.key(0), jnp.arange(3), 3, jnp.float64)
-      >>> bool(jnp.allclose(v @ v.T, 3 * jnp.eye(3), atol=1e-12))
+      >>> import jax, jax.numpy as jnp
+      >>> from rbpjax import perturb
+      >>> indices = jnp.arange(3)
+      >>> v = perturb.noise.orthonormal(jax.random.key(0), indices, 3, jnp.float32)
+      >>> bool(jnp.max(jnp.abs(v @ v.T - 3 * jnp.eye(3, dtype=v.dtype))) < 1e-5)
       True
+
+    References:
+      Choromanski et al., "Structured Evolution with Compact Architectures for Scalable
+      Policy Optimization", ICML 2018.
     """
     return jax.random.orthogonal(key, size, dtype=dtype)[indices % size] * size**0.5
 
@@ -154,8 +210,15 @@ def coordinate(
       Directions, ``[k, size]``, one entry √size in each, the others 0.
 
     Example:
-      >>> coordinate(jax.random.key(0), jnp.arange(4), 4, jnp.float64).sum(0)
-      Array([2., 2., 2., 2.], dtype=float64)
+      >>> import jax, jax.numpy as jnp
+      >>> from rbpjax import perturb
+      >>> indices = jnp.arange(4)
+      >>> v = perturb.noise.coordinate(jax.random.key(0), indices, 4, jnp.float32)
+      >>> v.sum(0).tolist()
+      [2.0, 2.0, 2.0, 2.0]
+
+    References:
+      Nocedal and Wright, "Numerical Optimization", 2nd edition, section 8.1.
     """
     places = jax.random.permutation(key, size)[indices % size]
     return jax.nn.one_hot(places, size, dtype=dtype) * size**0.5
@@ -163,32 +226,3 @@ def coordinate(
 
 def _at(key: jax.Array, index: jax.Array) -> jax.Array:
     return jax.random.fold_in(key, index)
-
-
-def size_of(tree: PyTree) -> int:
-    """Number of entries of all leaves."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-def widest(tree: PyTree) -> jnp.dtype:
-    """The widest dtype of the leaves: what noise is drawn in."""
-    return max((leaf.dtype for leaf in jax.tree.leaves(tree)), key=lambda d: d.itemsize)
-
-
-def unflatten(flat: jax.Array, like: PyTree) -> PyTree:
-    """A vector as a tree with the structure and shapes of ``like``."""
-    leaves, structure = jax.tree.flatten(like)
-    made, start = [], 0
-    for leaf in leaves:
-        made.append(flat[start : start + leaf.size].reshape(leaf.shape))
-        start += leaf.size
-    return structure.unflatten(made)
-
-
-def scaled(amount: jax.typing.ArrayLike, direction: PyTree, like: PyTree) -> PyTree:
-    """``amount * direction`` in the dtypes of ``like``."""
-    return jax.tree.map(
-        lambda v, leaf: (amount * v.astype(leaf.dtype)).astype(leaf.dtype),
-        direction,
-        like,
-    )

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from rbpjax.perturb.activity import ActivityPerturbation, per_layer_step
+from rbpjax.perturb.activity import ActivityPerturbation
 from rbpjax.perturb.credit import instant
 from rbpjax.perturb.difference import OneSided
 from rbpjax.perturb.node import NodePerturbation
 from rbpjax.perturb.noise import normal
+from rbpjax.perturb.norm import per_layer_step
 from rbpjax.perturb.weight import WeightPerturbation
 
 
 class PaperCode(NamedTuple):
-    """The three rules of the code.
+    """The three rules of the code, made by ``paper_code``.
 
     Attributes:
       weight: ``WeightPerturbation``, noise drawn at every step.
       node: ``NodePerturbation``.
       activity: ``ActivityPerturbation``.
+
+    Example:
+      >>> from rbpjax import perturb
+      >>> perturb.paper_code(100, sigma=1e-3).node.scale
+      0.001
     """
 
     weight: WeightPerturbation
@@ -26,7 +32,7 @@ class PaperCode(NamedTuple):
     activity: ActivityPerturbation
 
 
-def paper_code(num_units: int, sigma: float = 1e-3) -> PaperCode:
+def paper_code(num_units: int, *, sigma: float = 1e-3) -> PaperCode:
     """Makes the rules as the authors' public code has them (2024), scalings included.
 
     One clean and one noisy pass, Gaussian noise, ``instant`` credit, so that all three
@@ -50,15 +56,16 @@ def paper_code(num_units: int, sigma: float = 1e-3) -> PaperCode:
       ValueError: an argument is not of its kind or range.
 
     Example:
-      >>> paper_code(520).activity.scale ** 2
-      520.0
+      >>> from rbpjax import perturb
+      >>> perturb.paper_code(100).activity.scale
+      10.0
 
     References:
       https://github.com/jesusgf96/NP_RNNs at 0a33229.
     """
     if isinstance(num_units, bool) or not isinstance(num_units, int) or num_units < 1:
         raise ValueError(f"`num_units` must be a positive int; got {num_units!r}.")
-    difference = OneSided(sigma)
+    difference = OneSided(sigma=sigma)
     shared = dict(difference=difference, noise=normal, credit=instant)
     return PaperCode(
         WeightPerturbation(every_step=True, scale=sigma, **shared),

@@ -1,15 +1,34 @@
-"""Means over samples, a chunk at a time."""
+"""Samples: directions as pytrees, and means over samples, a chunk at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from rbpjax.types import PyTree, check_count
+from rbpjax.types import PyTree
+
+
+class _Sampled(Protocol):
+    """A rule that averages over samples."""
+
+    @property
+    def num_samples(self) -> int: ...
+
+    @property
+    def chunk(self) -> int | None: ...
+
+
+def check_chunk(rule: _Sampled) -> None:
+    """Raises ValueError unless the chunks divide the samples."""
+    if rule.chunk is not None and rule.num_samples % rule.chunk:
+        raise ValueError(
+            f"{type(rule).__name__}: `chunk` = {rule.chunk} must divide `num_samples` "
+            f"= {rule.num_samples}. Take a divisor, or None for all at once."
+        )
 
 
 def mean_over_samples(
@@ -30,23 +49,41 @@ def mean_over_samples(
     return jax.tree.map(lambda s: s / num_samples, sums)
 
 
-def check_samples(owner: object, num_samples: Any, chunk: Any) -> None:
-    """Raises ValueError unless the chunks divide the samples."""
-    check_count(owner, "num_samples", num_samples, 1)
-    if chunk is None:
-        return
-    check_count(owner, "chunk", chunk, 1)
-    if num_samples % chunk:
-        raise ValueError(
-            f"{type(owner).__name__}: `chunk` = {chunk} must divide `num_samples` = "
-            f"{num_samples}. Take a divisor, or None for all at once."
-        )
+def size_of(tree: PyTree) -> int:
+    """Number of entries of all leaves."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def check_callable(owner: object, name: str, value: object, examples: str) -> None:
-    """Raises ValueError unless ``value`` can be called."""
-    if not callable(value):
-        raise ValueError(
-            f"{type(owner).__name__}: `{name}` must be a callable such as {examples}; "
-            f"got {value!r}."
-        )
+def widest(tree: PyTree) -> jnp.dtype:
+    """The widest dtype of the leaves: what noise is drawn in."""
+    return max((leaf.dtype for leaf in jax.tree.leaves(tree)), key=lambda d: d.itemsize)
+
+
+def unflatten(flat: jax.Array, like: PyTree) -> PyTree:
+    """A vector as a tree with the structure and shapes of ``like``."""
+    leaves, structure = jax.tree.flatten(like)
+    made, start = [], 0
+    for leaf in leaves:
+        made.append(flat[start : start + leaf.size].reshape(leaf.shape))
+        start += leaf.size
+    return structure.unflatten(made)
+
+
+def scaled(amount: jax.typing.ArrayLike, direction: PyTree, like: PyTree) -> PyTree:
+    """``amount * direction`` in the dtypes of ``like``."""
+    return jax.tree.map(
+        lambda v, leaf: (amount * v.astype(leaf.dtype)).astype(leaf.dtype),
+        direction,
+        like,
+    )
+
+
+def weighted_sum(weights: jax.Array, trees: PyTree, like: PyTree) -> PyTree:
+    """Σ_k weights_k trees_k over the leading axis, in the dtypes of ``like``."""
+    return jax.tree.map(
+        lambda v, leaf: jnp.tensordot(
+            weights.astype(leaf.dtype), v.astype(leaf.dtype), 1
+        ),
+        trees,
+        like,
+    )

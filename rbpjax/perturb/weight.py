@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
+from rbpjax._core.strategy import count, function, real, strategy, switch
 from rbpjax.perturb.credit import Credit, causal
 from rbpjax.perturb.difference import Difference, OneSided
-from rbpjax.perturb.noise import Noise, rademacher, scaled, size_of, unflatten, widest
-from rbpjax.perturb.samples import check_callable, check_samples, mean_over_samples
-from rbpjax.types import PyTree, check_real, strategy
+from rbpjax.perturb.noise import Noise, rademacher
+from rbpjax.perturb.samples import (
+    check_chunk,
+    mean_over_samples,
+    scaled,
+    size_of,
+    unflatten,
+    weighted_sum,
+    widest,
+)
+from rbpjax.types import PyTree
 
 
 @strategy
@@ -30,13 +39,14 @@ class WeightPerturbation:
     ``NodePerturbation``. Its variance is higher than that of one draw a sequence.
 
     Cost: clean pass, and samples × the cost of ``difference``; memory ``chunk``
-    parameter trees, whatever the number of samples.
+    parameter trees, whatever the number of samples. AD modes: none are needed, nor is
+    its estimate meant to be differentiated.
 
     Attributes:
       num_samples: K, directions to average over.
       chunk: how many of them run at once; divides ``num_samples``; None: all.
-      difference: ``OneSided``, ``Central``, ``Exact``, or a callable like them.
-      noise: how directions are drawn; see ``Noise``.
+      difference: one of ``perturb.difference``, or a callable like them.
+      noise: how directions are drawn: one of ``perturb.noise``, or a callable.
       every_step: draw anew at every step instead of once a sequence.
       credit: which losses count, with ``every_step``; unused without.
       scale: factor on the gradient; 1 for the estimate above.
@@ -45,47 +55,61 @@ class WeightPerturbation:
       ValueError: a field is not of its kind or range.
 
     Example:
-      >>> from rbpjax.perturb import Exact, orthonormal
-      >>> rule = WeightPerturbation(2, difference=Exact(), noise=orthonormal)
-      >>> f = value_and_grad(lambda p: jnp.sum(p**2), rule)
-      >>> f(jax.random.key(0), jnp.array([1.0, 3.0]))[1].round(6)
-      Array([2., 6.], dtype=float64)
+      >>> import jax, jax.numpy as jnp
+      >>> from rbpjax import perturb
+      >>> rule = perturb.WeightPerturbation(  # a whole frame: the gradient itself
+      ...     num_samples=2,
+      ...     difference=perturb.difference.Exact(),
+      ...     noise=perturb.noise.orthonormal,
+      ... )
+      >>> f = perturb.value_and_grad(lambda p: jnp.sum(p**2), rule)
+      >>> p = jnp.array([1.0, 3.0])
+      >>> value, grads = f(jax.random.key(0), p)
+      >>> bool(jnp.max(jnp.abs(grads - 2 * p)) < 1e-5)
+      True
 
     References:
       Baydin et al., "Gradients without Backpropagation",
       https://arxiv.org/abs/2202.08587: the case ``Exact()`` with ``normal``.
     """
 
-    num_samples: int = 1
-    chunk: int | None = None
-    difference: Difference = OneSided()
-    noise: Noise = rademacher
-    every_step: bool = False
-    credit: Credit = causal
-    scale: float = 1.0
+    num_samples: int = count(default=1)
+    chunk: int | None = count(default=None)
+    difference: Difference = function(
+        default=OneSided(), meaning="a callable such as perturb.difference.Exact()"
+    )
+    noise: Noise = function(
+        default=rademacher, meaning="a callable such as perturb.noise.rademacher"
+    )
+    every_step: bool = switch(default=False)
+    credit: Credit = function(
+        default=causal, meaning="a callable such as perturb.credit.causal"
+    )
+    scale: float = real(default=1.0)
 
-    def __post_init__(self):
-        check_samples(self, self.num_samples, self.chunk)
-        check_callable(self, "difference", self.difference, "OneSided(1e-4) or Exact()")
-        check_callable(self, "noise", self.noise, "rademacher or normal")
-        check_callable(self, "credit", self.credit, "causal or Trace(0.9)")
-        check_real(self, "scale", self.scale)
-        if not isinstance(self.every_step, bool):
-            raise ValueError(
-                f"WeightPerturbation: `every_step` must be True or False; got "
-                f"{self.every_step!r}."
-            )
+    def __post_init__(self) -> None:
+        check_chunk(self)
+
+
+class PerturbedValueAndGrad(Protocol):
+    """``f(key, params, *args, **kwargs) -> (value, grads)``."""
+
+    def __call__(
+        self, key: jax.Array, params: PyTree, *args: PyTree, **kwargs: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        """Returns the loss, or (loss, aux), and the estimate of its gradient."""
+        ...
 
 
 def value_and_grad(
-    loss: Callable[..., Any], rule: WeightPerturbation, *, has_aux: bool = False
-) -> Callable[..., tuple[Any, PyTree]]:
+    loss: Callable[..., PyTree], rule: WeightPerturbation, *, has_aux: bool = False
+) -> PerturbedValueAndGrad:
     """Makes a function that returns a loss and its perturbation gradient.
 
     As ``jax.value_and_grad(loss)`` with a key before the arguments, and without a
-    backward pass: see ``WeightPerturbation`` for what it estimates and costs. Works
-    under ``jit``, ``vmap`` and ``scan``. A loss that is not finite makes the gradient
-    not finite, and is returned as it is.
+    backward pass: see ``WeightPerturbation`` for what it estimates, at what cost and
+    memory. Works under ``jit``, ``vmap`` and ``scan``; not made to be differentiated.
+    A loss that is not finite makes the gradient not finite, and is returned as it is.
 
     Args:
       loss: ``loss(params, *args, **kwargs) -> scalar``, or ``(scalar, aux)``.
@@ -102,11 +126,18 @@ def value_and_grad(
         floating-point.
 
     Example:
-      >>> rule = WeightPerturbation(num_samples=1000, chunk=100)
-      >>> f = value_and_grad(lambda p, x: jnp.sum(p["w"] * x), rule)
-      >>> value, grads = f(jax.random.key(0), {"w": jnp.ones(2)}, jnp.array([1.0, 2.0]))
-      >>> float(value), bool(jnp.all(jnp.abs(grads["w"] - jnp.array([1.0, 2.0])) < 0.5))
+      >>> import jax, jax.numpy as jnp
+      >>> from rbpjax import perturb
+      >>> rule = perturb.WeightPerturbation(num_samples=1000, chunk=100)
+      >>> f = perturb.value_and_grad(lambda p, x: jnp.sum(p["w"] * x), rule)
+      >>> params, x = {"w": jnp.ones(2)}, jnp.array([1.0, 2.0])
+      >>> value, grads = f(jax.random.key(0), params, x)
+      >>> float(value), bool(jnp.all(jnp.abs(grads["w"] - x) < 0.5))
       (3.0, True)
+
+    References:
+      Züge, Klos, Memmesheimer, "Weight versus Node Perturbation Learning in Temporally
+      Extended Tasks", PRX 13, 021006, 2023.
     """
     if not isinstance(rule, WeightPerturbation):
         raise ValueError(
@@ -118,7 +149,9 @@ def value_and_grad(
             "`rule` with every_step=True needs the steps: recurrent_value_and_grad."
         )
 
-    def estimate(key: jax.Array, params: PyTree, *args: Any, **kwargs: Any) -> Any:
+    def estimate(
+        key: jax.Array, params: PyTree, *args: PyTree, **kwargs: PyTree
+    ) -> tuple[PyTree, PyTree]:
         params = check_params(params)
         full = lambda p: loss(p, *args, **kwargs)
         scalar = (lambda p: full(p)[0]) if has_aux else full
@@ -156,17 +189,6 @@ def weight_gradient(
         return weighted_sum(slopes, directions, params)
 
     return mean_over_samples(chunk, rule.num_samples, rule.chunk)
-
-
-def weighted_sum(weights: jax.Array, trees: PyTree, like: PyTree) -> PyTree:
-    """Σ_k weights_k trees_k over the leading axis, in the dtypes of ``like``."""
-    return jax.tree.map(
-        lambda v, leaf: jnp.tensordot(
-            weights.astype(leaf.dtype), v.astype(leaf.dtype), 1
-        ),
-        trees,
-        like,
-    )
 
 
 def check_params(params: PyTree) -> PyTree:

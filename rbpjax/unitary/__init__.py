@@ -1,18 +1,35 @@
-"""Norm-preserving recurrence: unitary convolutions, history recomputed backwards."""
+"""Norm-preserving recurrence: unitary convolutions, history recomputed backwards.
 
-from rbpjax.unitary.cell import Activation as Activation
-from rbpjax.unitary.cell import CellParams as CellParams
-from rbpjax.unitary.cell import CellWeights as CellWeights
-from rbpjax.unitary.cell import UnitaryCell as UnitaryCell
-from rbpjax.unitary.cell import identity as identity
-from rbpjax.unitary.cell import max_min as max_min
-from rbpjax.unitary.cell import modulus as modulus
-from rbpjax.unitary.cell import saturate as saturate
-from rbpjax.unitary.expm import expm_skew as expm_skew
-from rbpjax.unitary.kernel import FourierKernel as FourierKernel
-from rbpjax.unitary.kernel import conv_exp as conv_exp
-from rbpjax.unitary.kernel import fourier_kernel as fourier_kernel
-from rbpjax.unitary.recompute import HistoryReport as HistoryReport
-from rbpjax.unitary.recompute import Inverse as Inverse
-from rbpjax.unitary.recompute import Replay as Replay
-from rbpjax.unitary.recompute import recomputed_scan as recomputed_scan
+* ``UnitaryCell`` is the step, over the kernels of ``conv_exp``;
+* ``recomputed_scan`` runs any step over time, to be differentiated without its history;
+* ``activation`` holds nonlinearities, ``history`` the ways back and their report.
+
+Example:
+  >>> import jax, jax.numpy as jnp
+  >>> from rbpjax.unitary import UnitaryCell, history, recomputed_scan
+  >>> cell = UnitaryCell(lattice=(32,))
+  >>> params = cell.prepare(cell.init(jax.random.key(0), radius=2, inputs=3))
+  >>> back, inputs = history.Replay(slots=8), jnp.ones((100, 3))
+  >>> h, _ = recomputed_scan(cell, params, inputs, cell.start(), history=back)
+  >>> h.shape
+  (32,)
+"""
+
+from rbpjax.unitary import activation, history
+from rbpjax.unitary.cell import CellParams, CellWeights, UnitaryCell
+from rbpjax.unitary.expm import expm_skew
+from rbpjax.unitary.kernel import FourierKernel, conv_exp, fourier_kernel
+from rbpjax.unitary.recompute import recomputed_scan
+
+__all__ = [
+    "CellParams",
+    "CellWeights",
+    "FourierKernel",
+    "UnitaryCell",
+    "activation",
+    "conv_exp",
+    "expm_skew",
+    "fourier_kernel",
+    "history",
+    "recomputed_scan",
+]

@@ -47,19 +47,17 @@ def expm_skew(s: jax.Array) -> jax.Array:
         first when in doubt.
 
     Returns:
-      A complex array like ``s``.
+      A complex array like ``s``. Other matrices are not refused: see ``s``.
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from rbpjax.unitary.expm import expm_skew
+      >>> from rbpjax.unitary import expm_skew
       >>> s = jnp.array([[0, -1], [1, 0]], complex)
-      >>> print(expm_skew(s * jnp.pi / 2).real.round(12) + 0.0)
-      [[ 0. -1.]
-       [ 1.  0.]]
+      >>> (jnp.rint(expm_skew(s * jnp.pi / 2).real) + 0.0).tolist()  # a quarter turn
+      [[0.0, -1.0], [1.0, 0.0]]
       >>> zero = jnp.zeros((2, 2), complex)  # all eigenvalues equal
-      >>> print(jax.jvp(expm_skew, (zero,), (s,))[1].real)
-      [[ 0. -1.]
-       [ 1.  0.]]
+      >>> (jnp.rint(jax.jvp(expm_skew, (zero,), (s,))[1].real) + 0.0).tolist()
+      [[0.0, -1.0], [1.0, 0.0]]
 
     References:
       Najfeld and Havel, "Derivatives of the Matrix Exponential and Their

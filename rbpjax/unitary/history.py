@@ -1,27 +1,153 @@
-"""The two ways back through a trajectory: by the inverse, and by replaying it.
+"""How the backward pass gets its states: a public namespace of histories.
 
-Both functions return ``seek(t, slice, state) -> (h_t, state)``, to be called with
-t = T-1, …, 0 in turn; ``slice`` holds what the step of time t was given.
+* `Inverse` recomputes h_t from h_{t+1} by the inverse of the step;
+* `Replay` serves steps that have none: it replays them from a few snapshots;
+* `HistoryReport` says how well the history was recomputed.
+
+Example:
+  >>> from rbpjax.unitary import history
+  >>> history.Replay(slots=8)
+  Replay(slots=8)
 """
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rbpjax.types import PyTree
+from rbpjax._core.strategy import count, function, strategy
+from rbpjax.types import PyTree, StepFn
+
+__all__ = ["HistoryReport", "Inverse", "Replay"]
 
 
-def by_inverse(back: Any, kept: PyTree, stride: int, end: PyTree) -> Any:
-    """Finds h_t from h_{t+1}; state: (h_{t+1}, drift so far)."""
+class HistoryReport(NamedTuple):
+    """How well the history was recomputed; read it as the gradient of the probe.
+
+    Attributes:
+      drift: largest distance, over the anchors, between the state recomputed
+        backwards and the one the forward pass had there, relative to the larger of
+        its norm and that of the last state; a float scalar. Zero for `Replay`, which
+        repeats the forward steps; NaN if a state is not finite.
+
+    Example:
+      >>> from rbpjax.unitary import history
+      >>> float(history.HistoryReport.zeros().drift)
+      0.0
+    """
+
+    drift: jax.Array
+
+    @classmethod
+    def zeros(cls) -> HistoryReport:
+        """The probe to pass to `recomputed_scan`."""
+        return cls(jnp.zeros(()))
+
+
+@strategy
+class Inverse:
+    """Recomputes the states backwards with the inverse of the step.
+
+    Exact up to rounding, which a backward step multiplies by the norm of ∂f⁻¹: not at
+    all for a linear unitary cell, by up to (1 + r²)^(3/2) for `saturate` at amplitude
+    r. Where it builds up, `anchors` > 1 restarts from states that were stored, and
+    `HistoryReport.drift` says how large it was.
+    Cost of the backward pass: one inverse and one VJP a step; memory: ``anchors``
+    states. AD modes: reverse, to second order.
+
+    Attributes:
+      inverse: ``inverse(params, inputs, h)``, the h' with f(params, inputs, h') = h.
+      anchors: number of stored states, evenly spaced; the first is h0.
+
+    Raises:
+      ValueError: if a field is not of its kind or range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from rbpjax.unitary import history, recomputed_scan
+      >>> f = lambda params, inputs, h: params * h + inputs
+      >>> inverse = lambda params, inputs, h: (h - inputs) / params
+      >>> back = history.Inverse(inverse=inverse)
+      >>> loss = lambda w: recomputed_scan(
+      ...     f, w, jnp.ones(3), jnp.array(0.0), history=back)[0]
+      >>> round(float(jax.grad(loss)(jnp.array(2.0))), 3)  # d/dw (1 + w + w²)
+      5.0
+
+    References:
+      Maclaurin, Duvenaud and Adams, "Gradient-based Hyperparameter Optimization
+      through Reversible Learning", ICML 2015 (recomputing a trajectory backwards).
+    """
+
+    inverse: StepFn = function(
+        meaning="the inverse of the step", call="inverse(params, inputs, h)"
+    )
+    anchors: int = count(default=1)
+
+
+@strategy
+class Replay:
+    """Replays the steps from at most ``slots`` snapshots; needs no inverse.
+
+    Exact: each state is computed by the very operations of the forward pass. The
+    snapshots sit on the binomial schedule, which is optimal: with s slots, r replays
+    of each step suffice for T ≤ C(s + r, s) (s = 32: r = 2 for 561 steps, 4 for
+    58,905). Memory: ``slots`` states. With one slot the cost is T²/2 steps.
+    The backward pass has a `while_loop`: first-order reverse mode only.
+
+    Attributes:
+      slots: number of snapshots, h0 included.
+
+    Raises:
+      ValueError: if ``slots`` is no Python int of at least 1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from rbpjax.unitary import history, recomputed_scan
+      >>> f = lambda params, inputs, h: params * h + inputs
+      >>> loss = lambda w: recomputed_scan(
+      ...     f, w, jnp.ones(3), jnp.array(0.0), history=history.Replay(slots=2))[0]
+      >>> round(float(jax.grad(loss)(jnp.array(2.0))), 3)  # d/dw (1 + w + w²)
+      5.0
+
+    References:
+      Griewank and Walther, "Algorithm 799: revolve", ACM Transactions on
+      Mathematical Software 26, 2000.
+    """
+
+    slots: int = count(default=32)
+
+
+History = Inverse | Replay
+
+Seek = Callable[[jax.Array, PyTree, PyTree], tuple[PyTree, PyTree]]
+"""``seek(t, slice, state) -> (h_t, state)``, called with t = T-1, …, 0 in turn.
+
+``slice`` holds what the step of time t was given, ``state`` is the seeker's own.
+"""
+
+
+class Anchored(NamedTuple):
+    """The state of the way back by the inverse: the state after, the drift so far."""
+
+    after: PyTree
+    drift: jax.Array
+
+
+def by_inverse(
+    back: Callable[[PyTree, PyTree], PyTree], kept: PyTree, stride: int, end: PyTree
+) -> tuple[Anchored, Seek]:
+    """Finds h_t from h_{t+1} = ``end`` for the last t; anchors at multiples of stride.
+
+    ``back(slice, h_{t+1})`` is h_t; ``kept`` are the anchors, ``[anchors, …]``.
+    """
     scale = _norm(end)
 
-    def seek(t: jax.Array, slice_: Any, state: Any) -> Any:
-        after, drift = state
-        h = back(slice_, after)
+    def seek(t: jax.Array, slice_: PyTree, state: Anchored) -> tuple[PyTree, Anchored]:
+        drift = state.drift
+        h = back(slice_, state.after)
         anchor = jax.tree.map(lambda x: x[t // stride], kept)
         gap = _norm(jax.tree.map(jnp.subtract, h, anchor))
         # A start at zero has no norm of its own to compare with.
@@ -29,13 +155,40 @@ def by_inverse(back: Any, kept: PyTree, stride: int, end: PyTree) -> Any:
         here = t % stride == 0
         h = jax.tree.map(lambda a, b: jnp.where(here, a, b), anchor, h)
         drift = jnp.where(here, jnp.maximum(drift, gap.astype(drift.dtype)), drift)
-        return h, (h, drift)
+        return h, Anchored(h, drift)
 
-    return seek
+    return Anchored(end, jnp.zeros(())), seek
 
 
-def by_replay(forth: Any, slices: Any, kept: PyTree, slots: int) -> Any:
-    """Finds h_t from the snapshots; state: (top, times of the snapshots, snapshots)."""
+class Snapshots(NamedTuple):
+    """A stack of states on the way back by replaying: those up to ``top`` are in use.
+
+    Attributes:
+      top: place of the latest one.
+      times: their times, ``[slots]``.
+      states: the states, leaves ``[slots, …]``.
+    """
+
+    top: jax.Array
+    times: jax.Array
+    states: PyTree
+
+
+class Advance(NamedTuple):
+    """The loop from a snapshot to the state sought: where we are, and the stack."""
+
+    h: PyTree
+    time: jax.Array
+    snapshots: Snapshots
+
+
+def by_replay(
+    forth: Callable[[PyTree, PyTree], PyTree], slices: PyTree, h0: PyTree, slots: int
+) -> tuple[Snapshots, Seek]:
+    """Finds h_t from the latest snapshot before t, and sets others on the way.
+
+    ``forth(slice, h_t)`` is h_{t+1}; ``slices`` have leaves ``[T, …]``.
+    """
 
     def advance(h: PyTree, first: jax.Array, last: jax.Array) -> PyTree:
         one = lambda t, h: forth(jax.tree.map(lambda x: x[t], slices), h)
@@ -51,27 +204,31 @@ def by_replay(forth: Any, slices: Any, kept: PyTree, slots: int) -> Any:
         far = jnp.ceil(n * r / (s + r)).astype(steps.dtype)
         return jnp.where(free > 0, jnp.clip(far, 1, steps - 1), steps - 1)
 
-    def push(t: jax.Array, v: Any) -> Any:
-        h, now, top, at, store = v
+    def push(t: jax.Array, now: Advance) -> Advance:
+        top, times, states = now.snapshots
         free = slots - 1 - top
-        later = now + hop(t - now + 1, free)
-        h = advance(h, now, later)
+        later = now.time + hop(t - now.time + 1, free)
+        h = advance(now.h, now.time, later)
         top = jnp.minimum(top + 1, slots - 1)
         # With no slot free we are at t, and the state is used without being stored.
         put = lambda all_, one: all_.at[top].set(jnp.where(free > 0, one, all_[top]))
-        return h, later, top, put(at, later), jax.tree.map(put, store, h)
+        stack = Snapshots(top, put(times, later), jax.tree.map(put, states, h))
+        return Advance(h, later, stack)
 
-    def seek(t: jax.Array, _: Any, state: Any) -> Any:
-        top, at, store = state
-        h = jax.tree.map(lambda x: x[top], store)
-        h, _, top, at, store = jax.lax.while_loop(
-            lambda v: v[1] < t, partial(push, t), (h, at[top], top, at, store)
+    def seek(t: jax.Array, _: PyTree, state: Snapshots) -> tuple[PyTree, Snapshots]:
+        h = jax.tree.map(lambda x: x[state.top], state.states)
+        at = jax.lax.while_loop(
+            lambda now: now.time < t,
+            lambda now: push(t, now),
+            Advance(h, state.times[state.top], state),
         )
+        top, times, states = at.snapshots
         # A snapshot at t is spent now; the earlier ones serve the steps before.
-        return h, (jnp.where(at[top] == t, jnp.maximum(top - 1, 0), top), at, store)
+        top = jnp.where(times[top] == t, jnp.maximum(top - 1, 0), top)
+        return at.h, Snapshots(top, times, states)
 
-    store = jax.tree.map(lambda x: jnp.broadcast_to(x[0], (slots, *x.shape[1:])), kept)
-    return (jnp.array(0), jnp.zeros(slots, int), store), seek
+    states = jax.tree.map(lambda x: jnp.broadcast_to(x, (slots, *x.shape)), h0)
+    return Snapshots(jnp.array(0), jnp.zeros(slots, int), states), seek
 
 
 def _norm(tree: PyTree) -> jax.Array:

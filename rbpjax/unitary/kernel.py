@@ -28,15 +28,26 @@ from rbpjax.unitary.expm import adjoint, cis, expm_skew
 class FourierKernel:
     """A periodic convolution kept in Fourier form; calling it convolves a field.
 
-    Exact. Cost of a call: two FFTs of the field, O(C N log N + C² N) for N sites. A
-    pytree with the one leaf ``hat``, so it passes through every transformation. A
-    call takes one field; use `jax.vmap` for a batch.
+    Exact. Cost of a call: two FFTs of the field, O(C N log N + C² N) for N sites.
+    Memory: ``hat``, C² numbers a frequency. AD modes: all. A pytree with the one leaf
+    ``hat``, so that it passes through every transformation. A call takes one field; use
+    `jax.vmap` for a batch.
 
     Attributes:
       hat: the transfer function; complex [*frequencies] or [*frequencies, C, C].
       lattice: sizes of the periodic lattice.
       real: whether the kernel is real; then only the half of the spectrum that
         `jnp.fft.rfftn` keeps is stored.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rbpjax.unitary import conv_exp
+      >>> u = conv_exp(jnp.array([-0.5, 0.0, 0.5]), (8,))
+      >>> u.real, u.hat.shape, u(jnp.ones(8)).shape, u.adjoint().lattice
+      (True, (5,), (8,), (8,))
+
+    References:
+      Magnasco, https://arxiv.org/abs/2302.07396.
     """
 
     hat: jax.Array
@@ -119,8 +130,11 @@ def fourier_kernel(kernel: jax.Array, lattice: tuple[int, ...]) -> FourierKernel
       >>> import jax.numpy as jnp
       >>> from rbpjax.unitary import fourier_kernel
       >>> shift = fourier_kernel(jnp.array([0.0, 0.0, 1.0]), (5,))  # offset +1
-      >>> print(shift(jnp.arange(1.0, 6.0)).round(9))
-      [5. 1. 2. 3. 4.]
+      >>> jnp.rint(shift(jnp.arange(1.0, 6.0))).tolist()
+      [5.0, 1.0, 2.0, 3.0, 4.0]
+
+    References:
+      Magnasco, https://arxiv.org/abs/2302.07396.
     """
     window, real = _check_kernel(kernel, lattice), not jnp.iscomplexobj(kernel)
     pad = [(0, n - w) for n, w in zip(lattice, window, strict=True)]
@@ -166,10 +180,10 @@ def conv_exp(weights: jax.Array, lattice: tuple[int, ...]) -> FourierKernel:
       >>> import jax.numpy as jnp
       >>> from rbpjax.unitary import conv_exp
       >>> u = conv_exp(0.8 * jnp.array([-1.0, 0.0, 1.0]), (32,))  # A = a(δ₁ - δ₋₁)
-      >>> print(u.kernel()[:3].round(6))  # Bessel functions J_x(2a)
-      [0.455402 0.569896 0.256968]
+      >>> [round(float(x), 4) for x in u.kernel()[:3]]  # Bessel functions J_x(2a)
+      [0.4554, 0.5699, 0.257]
       >>> z = jnp.sin(jnp.arange(32.0))
-      >>> print(bool(jnp.allclose(u.adjoint()(u(z)), z, atol=1e-14)))
+      >>> bool(jnp.max(jnp.abs(u.adjoint()(u(z)) - z)) < 1e-5)
       True
 
     References:

@@ -5,88 +5,27 @@ recomputes each state h_t when it is needed, and then takes one VJP of one step:
 
     g_t = (∂f/∂h)ᵀ g_{t+1},    θ̅ += (∂f/∂θ)ᵀ g_{t+1},    x̅_t = (∂f/∂x)ᵀ g_{t+1}.
 
-`Inverse` recomputes h_t from h_{t+1} by the inverse of the step. `Replay` serves steps
-that have none: it replays the steps from a fixed number of snapshots.
+How h_t is recomputed is the affair of a ``history``: see `rbpjax.unitary.history`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rbpjax.types import PyTree, StepFn, check_count, strategy
-from rbpjax.unitary.history import by_inverse, by_replay
-
-
-class HistoryReport(NamedTuple):
-    """How well the history was recomputed; read it as the gradient of the probe.
-
-    Attributes:
-      drift: largest distance, over the anchors, between the state recomputed
-        backwards and the one the forward pass had there, relative to the larger of
-        its norm and that of the last state. Zero for `Replay`, which repeats the
-        forward steps; NaN if a state is not finite.
-    """
-
-    drift: jax.Array
-
-    @classmethod
-    def zeros(cls) -> HistoryReport:
-        """The probe to pass to `recomputed_scan`."""
-        return cls(jnp.zeros(()))
-
-
-@strategy
-class Inverse:
-    """Recomputes the states backwards with the inverse of the step.
-
-    Exact up to rounding, which a backward step multiplies by the norm of ∂f⁻¹: not at
-    all for a linear unitary cell, by up to (1 + r²)^(3/2) for `saturate` at amplitude
-    r. Where it builds up, `anchors` > 1 restarts from states that were stored, and
-    `HistoryReport.drift` says how large it was.
-    Cost of the backward pass: one inverse and one VJP a step; memory: ``anchors``
-    states.
-
-    Attributes:
-      inverse: ``inverse(params, inputs, h)``, the h' with f(params, inputs, h') = h.
-      anchors: number of stored states, evenly spaced; the first is h0.
-    """
-
-    inverse: StepFn
-    anchors: int = 1
-
-    def __post_init__(self) -> None:
-        """Validates the static fields."""
-        check_count(self, "anchors", self.anchors, 1)
-
-
-@strategy
-class Replay:
-    """Replays the steps from at most ``slots`` snapshots; needs no inverse.
-
-    Exact: each state is computed by the very operations of the forward pass. The
-    snapshots sit on the binomial schedule, which is optimal: with s slots, r replays
-    of each step suffice for T ≤ C(s + r, s) (s = 32: r = 2 for 561 steps, 4 for
-    58,905). Memory: ``slots`` states. With one slot the cost is T²/2 steps.
-    The backward pass has a `while_loop`: first-order reverse mode only.
-
-    Attributes:
-      slots: number of snapshots, h0 included.
-
-    References:
-      Griewank and Walther, "Algorithm 799: revolve", ACM Transactions on
-      Mathematical Software 26, 2000.
-    """
-
-    slots: int = 32
-
-    def __post_init__(self) -> None:
-        """Validates the static fields."""
-        check_count(self, "slots", self.slots, 1)
+from rbpjax._core.step import check_like, close, convert, floats, merge, others
+from rbpjax.types import PyTree, StepFn
+from rbpjax.unitary.history import (
+    History,
+    HistoryReport,
+    Inverse,
+    by_inverse,
+    by_replay,
+)
 
 
 def recomputed_scan(
@@ -95,7 +34,7 @@ def recomputed_scan(
     inputs: PyTree,
     h0: PyTree,
     *,
-    history: Inverse | Replay,
+    history: History,
     length: int | None = None,
     emit: Callable[[PyTree, PyTree, PyTree], PyTree] | None = None,
     probe: HistoryReport | None = None,
@@ -103,7 +42,8 @@ def recomputed_scan(
     """Runs h_{t+1} = f(params, inputs[t], h_t), to be differentiated without history.
 
     Value and gradient are those of `jax.lax.scan`; the compiled temporary memory of
-    the gradient is the same for every T.
+    the gradient is the same for every T. Cost: T steps forward; backward one VJP a
+    step, and what ``history`` needs to get its state back.
 
     Exact, up to the rounding that ``probe`` reports. Reverse mode; second order in
     reverse mode works with `Inverse` (that pass stores its history). Forward mode
@@ -127,19 +67,22 @@ def recomputed_scan(
     Raises:
       ValueError: for a missing or contradictory length, a state that is not
         floating-point, or an ``f`` that does not return the likes of ``h0``.
+      TypeError: from `jax.jvp` and what builds on it.
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from rbpjax.unitary import (
-      ...     HistoryReport, Inverse, UnitaryCell, identity, recomputed_scan)
-      >>> cell = UnitaryCell((16,), activation=identity)
+      >>> from rbpjax.unitary import UnitaryCell, activation, history, recomputed_scan
+      >>> cell = UnitaryCell(lattice=(16,), activation=activation.identity)
       >>> weights = cell.init(jax.random.key(0), radius=1, inputs=2)
+      >>> back = history.Inverse(inverse=cell.inverse, anchors=4)
       >>> def loss(weights, probe=None):
-      ...     h, _ = recomputed_scan(cell, cell.prepare(weights), jnp.ones((99, 2)),
-      ...         cell.start(), history=Inverse(cell.inverse, anchors=4), probe=probe)
+      ...     params, inputs = cell.prepare(weights), jnp.ones((99, 2))
+      ...     h, _ = recomputed_scan(
+      ...         cell, params, inputs, cell.start(), history=back, probe=probe)
       ...     return jnp.sum(h.real)
-      >>> grads, report = jax.grad(loss, (0, 1))(weights, HistoryReport.zeros())
-      >>> print(bool(report.drift < 1e-12))
+      >>> probe = history.HistoryReport.zeros()
+      >>> grads, report = jax.grad(loss, (0, 1))(weights, probe)
+      >>> bool(report.drift < 1e-4)
       True
 
     References:
@@ -157,145 +100,149 @@ def recomputed_scan(
             f"{sorted(steps)} and length={length}."
         )
     (total,) = steps
-    _check_floats("h0", h0, "Counters belong into `inputs`.")
-    examples = (params, jax.tree.map(lambda x: x[0], inputs), h0)
-    f, f_consts, shape = _hoist(f, *examples)
-    _check_like("f", shape, h0)
-    emit, emit_consts, shape = _hoist(emit or (lambda *_: None), *examples)
-    _check_floats("emit", shape, "Convert what it returns.")
-    inverse_consts: Any = ()
+    first = jax.tree.map(lambda x: x[0], inputs)
+    closed, (f_consts, _, _), h0 = close(f, params, first, h0)
+    emitted = convert(emit or (lambda *_: None), params, first, h0)
+    if jax.tree.leaves(others(emitted.out)):
+        raise ValueError(
+            "`emit` must return a pytree of floating-point or complex arrays; got "
+            f"{emitted.out}. Convert what it returns."
+        )
+    inverse_consts: tuple = ()
     if isinstance(history, Inverse):
-        inverse, inverse_consts, shape = _hoist(history.inverse, *examples)
-        _check_like("inverse", shape, h0)
+        inverse = convert(history.inverse, params, first, h0)
+        remedy = "It returns the state before the step."
+        check_like(inverse.out, h0, "`inverse`'s output", "`h0`", remedy)
+        inverse_consts = inverse.consts
         history = Inverse(
-            lambda p, x, h: inverse(p[3], p[0], x, h), anchors=history.anchors
+            inverse=lambda p, x, h: inverse.call(p.inverse, p.params, x, h),
+            anchors=history.anchors,
         )
 
-    def step(p: PyTree, x: PyTree, h: PyTree) -> tuple[PyTree, PyTree]:
-        h = f(p[1], p[0], x, h)
-        return h, emit(p[2], p[0], x, h)
+    def step(p: _Params, x: PyTree, h: PyTree) -> tuple[PyTree, PyTree]:
+        h = closed((p.f, p.params, x), h)
+        return h, emitted.call(p.emit, p.params, x, h)
 
-    p = _split((params, f_consts, emit_consts, inverse_consts))
-    x = _split(inputs)
+    everything = (_Params(params, f_consts, emitted.consts, inverse_consts), inputs)
     probe = HistoryReport.zeros() if probe is None else probe
-    return _scan(step, history, total, (p[0], x[0]), (p[1], x[1]), h0, probe)
+    run = _Run(step, history, total)
+    return _scan(run, floats(everything), others(everything), h0, probe)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+class _Params(NamedTuple):
+    """What does not change with time: the parameters, and what functions close over."""
+
+    params: PyTree
+    f: tuple
+    emit: tuple
+    inverse: tuple
+
+
+class _Run(NamedTuple):
+    """What is static: the step that also emits, the history, the number of steps."""
+
+    step: Callable[[_Params, PyTree, PyTree], tuple[PyTree, PyTree]]
+    history: History
+    total: int
+
+    @property
+    def anchors(self) -> int:
+        """How many states are kept."""
+        return self.history.anchors if isinstance(self.history, Inverse) else 1
+
+    @property
+    def stride(self) -> int:
+        """How many steps lie between them."""
+        return -(-self.total // self.anchors)
+
+
+class _Saved(NamedTuple):
+    """What the forward pass leaves for the backward pass."""
+
+    floating: PyTree
+    rest: PyTree
+    end: PyTree
+    kept: PyTree  # [anchors, …]
+    probe: HistoryReport
+
+
+class _Backward(NamedTuple):
+    """The carry of the backward pass, at time t."""
+
+    t: jax.Array
+    state: PyTree  # the history's own
+    g: PyTree
+    params_bar: PyTree
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(
-    step: Any, history: Any, total: int, floats: Any, rest: Any, h0: Any, probe: Any
-) -> Any:
-    p, xs = jax.tree.map(_merge, floats, rest, is_leaf=_is_none)
-    return jax.lax.scan(lambda h, x: step(p, x, h), h0, xs, total)
+    run: _Run, floating: PyTree, rest: PyTree, h0: PyTree, probe: HistoryReport
+) -> tuple[PyTree, PyTree]:
+    p, xs = merge(floating, rest)
+    return jax.lax.scan(lambda h, x: run.step(p, x, h), h0, xs, run.total)
 
 
 def _scan_fwd(
-    step: Any, history: Any, total: int, floats: Any, rest: Any, h0: Any, probe: Any
-) -> Any:
-    p, xs = jax.tree.map(_merge, floats, rest, is_leaf=_is_none)
-    anchors = history.anchors if isinstance(history, Inverse) else 1
-    stride = -(-total // anchors)
-    kept = jax.tree.map(lambda h: jnp.broadcast_to(h, (anchors, *h.shape)), h0)
+    run: _Run, floating: PyTree, rest: PyTree, h0: PyTree, probe: HistoryReport
+) -> tuple[tuple[PyTree, PyTree], _Saved]:
+    p, xs = merge(floating, rest)
+    kept = jax.tree.map(lambda h: jnp.broadcast_to(h, (run.anchors, *h.shape)), h0)
 
     # Time is counted in the carry: an arange would be an array of T numbers.
-    def body(carry: Any, x: Any) -> Any:
+    def body(
+        carry: tuple[jax.Array, PyTree, PyTree], x: PyTree
+    ) -> tuple[tuple[jax.Array, PyTree, PyTree], PyTree]:
         t, h, kept = carry
-        if anchors > 1:
-            keep = lambda all_, one: all_.at[t // stride].set(
-                jnp.where(t % stride == 0, one, all_[t // stride])
+        if run.anchors > 1:
+            keep = lambda all_, one: all_.at[t // run.stride].set(
+                jnp.where(t % run.stride == 0, one, all_[t // run.stride])
             )
             kept = jax.tree.map(keep, kept, h)
-        h, y = step(p, x, h)
+        h, y = run.step(p, x, h)
         return (t + 1, h, kept), y
 
-    (_, h, kept), ys = jax.lax.scan(body, (jnp.array(0), h0, kept), xs, total)
-    return (h, ys), (floats, rest, h, kept, probe)
+    start = (jnp.array(0), h0, kept)
+    (_, h, kept), ys = jax.lax.scan(body, start, xs, run.total)
+    return (h, ys), _Saved(floating, rest, h, kept, probe)
 
 
 def _scan_bwd(
-    step: Any, history: Any, total: int, residuals: Any, cotangents: Any
-) -> Any:
-    floats, rest, end, kept, probe = residuals
+    run: _Run, saved: _Saved, cotangents: tuple[PyTree, PyTree]
+) -> tuple[PyTree, None, PyTree, HistoryReport]:
+    (params, xs), (params_rest, xs_rest) = saved.floating, saved.rest
     g, y_bars = cotangents
-    params = jax.tree.map(_merge, floats[0], rest[0], is_leaf=_is_none)
+    whole = merge(params, params_rest)
+    slices = (xs, xs_rest, y_bars)
 
-    def pull(slice_: Any, h: PyTree, g: PyTree) -> Any:
+    def pull(slice_: PyTree, h: PyTree, g: PyTree) -> tuple[PyTree, PyTree, PyTree]:
         """(θ̅, x̅, g) of one step at the state h."""
         x, x_rest, y_bar = slice_
+        at = lambda p, x, h: run.step(merge(p, params_rest), merge(x, x_rest), h)
+        return jax.vjp(at, params, x, h)[1]((g, y_bar))
 
-        def at(p: Any, x: Any, h: Any) -> Any:
-            p, x = jax.tree.map(_merge, (p, x), (rest[0], x_rest), is_leaf=_is_none)
-            return step(p, x, h)
-
-        return jax.vjp(at, floats[0], x, h)[1]((g, y_bar))
-
-    slices = (floats[1], rest[1], y_bars)
-    join = lambda slice_: jax.tree.map(_merge, slice_[0], slice_[1], is_leaf=_is_none)
-    if isinstance(history, Inverse):
-        back = lambda slice_, h: history.inverse(params, join(slice_), h)
-        stride = -(-total // history.anchors)
-        start, seek = (end, jnp.zeros(())), by_inverse(back, kept, stride, end)
+    if isinstance(run.history, Inverse):
+        inverse = run.history.inverse
+        back = lambda slice_, h: inverse(whole, merge(slice_[0], slice_[1]), h)
+        start, seek = by_inverse(back, saved.kept, run.stride, saved.end)
     else:
-        forth = lambda slice_, h: step(params, join(slice_), h)[0]
-        start, seek = by_replay(forth, slices, kept, history.slots)
+        forth = lambda slice_, h: run.step(whole, merge(slice_[0], slice_[1]), h)[0]
+        h0 = jax.tree.map(lambda x: x[0], saved.kept)
+        start, seek = by_replay(forth, slices, h0, run.history.slots)
 
-    def body(carry: Any, slice_: Any) -> Any:
-        t, state, g, p_bar = carry
-        h, state = seek(t, slice_, state)
-        p_add, x_bar, g = pull(slice_, h, g)
-        return (t - 1, state, g, jax.tree.map(jnp.add, p_bar, p_add)), x_bar
+    def body(now: _Backward, slice_: PyTree) -> tuple[_Backward, PyTree]:
+        h, state = seek(now.t, slice_, now.state)
+        more, x_bar, g = pull(slice_, h, now.g)
+        params_bar = jax.tree.map(jnp.add, now.params_bar, more)
+        return _Backward(now.t - 1, state, g, params_bar), x_bar
 
-    p_bar = jax.tree.map(jnp.zeros_like, floats[0])
-    (_, state, g, p_bar), x_bars = jax.lax.scan(
-        body, (jnp.array(total - 1), start, g, p_bar), slices, total, reverse=True
-    )
-    drift = state[1] if isinstance(history, Inverse) else 0 * probe.drift
-    return (p_bar, x_bars), None, g, HistoryReport(drift.astype(probe.drift.dtype))
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    last = _Backward(jnp.array(run.total - 1), start, g, zeros)
+    end, x_bars = jax.lax.scan(body, last, slices, run.total, reverse=True)
+    drift = saved.probe.drift
+    inverted = isinstance(run.history, Inverse)
+    drift = end.state.drift.astype(drift.dtype) if inverted else 0 * drift
+    return (end.params_bar, x_bars), None, end.g, HistoryReport(drift)
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd)
-
-
-def _check_floats(name: str, tree: PyTree, remedy: str) -> None:
-    kinds = jax.tree.map(lambda x: x.dtype, tree)
-    if not all(jnp.issubdtype(kind, jnp.inexact) for kind in jax.tree.leaves(kinds)):
-        raise ValueError(
-            f"`{name}` must be a pytree of floating-point arrays; got {kinds}. {remedy}"
-        )
-
-
-def _check_like(name: str, shape: PyTree, h0: PyTree) -> None:
-    spec = lambda x: (x.shape, str(x.dtype))
-    got, expected = jax.tree.map(spec, shape), jax.tree.map(spec, h0)
-    if got != expected:
-        raise ValueError(
-            f"`{name}` must return the same structure, shapes and dtypes as `h0`; "
-            f"got {got} for {expected}."
-        )
-
-
-def _is_none(x: object) -> bool:
-    return x is None
-
-
-def _merge(a: Any, b: Any) -> Any:
-    return b if a is None else a
-
-
-def _split(tree: PyTree) -> tuple[PyTree, PyTree]:
-    """The tree with only its differentiable leaves, and with only the others."""
-    is_float = lambda x: jnp.issubdtype(jnp.asarray(x).dtype, jnp.inexact)
-    floats = jax.tree.map(lambda x: x if is_float(x) else None, tree)
-    return floats, jax.tree.map(lambda x: None if is_float(x) else x, tree)
-
-
-def _hoist(fun: Any, *examples: Any) -> tuple[Any, Any, Any]:
-    """``fun`` with all arrays it closes over as a first argument."""
-    closed, shape = jax.make_jaxpr(fun, return_shape=True)(*examples)
-    tree = jax.tree.structure(shape)
-
-    def hoisted(consts: Any, *args: Any) -> Any:
-        out = jax.core.eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves(args))
-        return jax.tree.unflatten(tree, out)
-
-    return hoisted, closed.consts, shape

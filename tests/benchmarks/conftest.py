@@ -3,14 +3,14 @@
 import jax
 import pytest
 
-from benchmarks import harness
+from benchmarks.harness import checkpoints, results
 
 
 @pytest.fixture(autouse=True)
 def as_a_user_and_apart(tmp_path, monkeypatch):
     """JAX's default numerics, and results and checkpoints that vanish afterwards."""
-    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(harness, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(checkpoints, "CHECKPOINTS", tmp_path / "checkpoints")
     with (
         jax.enable_x64(False),
         jax.numpy_dtype_promotion("standard"),

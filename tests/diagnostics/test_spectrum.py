@@ -14,6 +14,7 @@ from tests.support.problems import (
     dense_jacobian,
     fixed_point,
     readout,
+    rows,
 )
 
 KEY = jax.random.key(4)
@@ -54,8 +55,8 @@ def test_spectral_radius_is_that_of_the_eigenvalues(w, want):
     )
     num_steps = 400
     estimate = jax.jit(
-        lambda key: rbpjax.spectral_radius(
-            linear, w, jnp.ones(6), jnp.zeros(6), key, num_steps=num_steps
+        lambda key: rbpjax.diagnostics.spectral_radius(
+            key, linear, w, jnp.ones(6), jnp.zeros(6), num_steps=num_steps
         )
     )
     for key in jax.random.split(KEY, 3):
@@ -63,40 +64,47 @@ def test_spectral_radius_is_that_of_the_eigenvalues(w, want):
         assert jnp.abs(estimate(key) / want - 1) < 2 / num_steps
 
 
-@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+@pytest.mark.parametrize("problem", rows(PROBLEMS, ("pytree",)))
 def test_diagnostics_of_pytree_and_batched_states(problem):
     """ρ(J) and ‖J‖ of every problem are those of its dense Jacobian."""
     h = fixed_point(problem)
     jac = dense_jacobian(problem, h)
-    args = (problem.f, problem.params, problem.inputs, h, KEY)
-    radius = jax.jit(lambda: rbpjax.spectral_radius(*args, num_steps=1000))()
+    args = (KEY, problem.f, problem.params, problem.inputs, h)
+    radius = jax.jit(
+        lambda: rbpjax.diagnostics.spectral_radius(*args, num_steps=1000)
+    )()
     # Batched examples may have radii within a few percent of the largest.
     want = jnp.abs(jnp.linalg.eigvals(jac)).max()
     assert jnp.abs(radius / want - 1) < 0.01
-    norm = jax.jit(lambda: rbpjax.jacobian_norm(*args, num_steps=40))()
+    norm = jax.jit(lambda: rbpjax.diagnostics.jacobian_norm(*args, num_steps=40))()
     assert_close(norm, jnp.linalg.svd(jac, compute_uv=False)[0], 1e-9)
 
 
 def test_nilpotent_jacobian_has_radius_zero():
     """J² = 0 with ‖J‖ = 3: radius 0, no NaN."""
     w = jnp.array([[0.0, 3.0], [0.0, 0.0]])
-    args = (linear, w, jnp.ones(2), jnp.zeros(2), KEY)
-    assert rbpjax.spectral_radius(*args) == 0
-    chex.assert_trees_all_close(rbpjax.jacobian_norm(*args), jnp.array(3.0), rtol=1e-9)
+    args = (KEY, linear, w, jnp.ones(2), jnp.zeros(2))
+    assert rbpjax.diagnostics.spectral_radius(*args) == 0
+    chex.assert_trees_all_close(
+        rbpjax.diagnostics.jacobian_norm(*args), jnp.array(3.0), rtol=1e-9
+    )
 
 
 def test_constant_map_has_norm_zero():
     """J = 0: both diagnostics are 0."""
-    args = (lambda w, x, h: x + 0 * h, None, jnp.ones(3), jnp.ones(3), KEY)
-    assert rbpjax.spectral_radius(*args) == 0
-    assert rbpjax.jacobian_norm(*args) == 0
+    args = (KEY, lambda w, x, h: x + 0 * h, None, jnp.ones(3), jnp.ones(3))
+    assert rbpjax.diagnostics.spectral_radius(*args) == 0
+    assert rbpjax.diagnostics.jacobian_norm(*args) == 0
 
 
 def test_jacobian_norm_rises_to_the_largest_singular_value():
     """Lanczos gives lower bounds that increase with the steps, exact at n of them."""
     w = non_normal(rotation(0.9, 1.0), SMALL)
-    args = (linear, w, jnp.ones(6), jnp.zeros(6), KEY)
-    bounds = [float(rbpjax.jacobian_norm(*args, num_steps=k)) for k in (1, 2, 3, 6)]
+    args = (KEY, linear, w, jnp.ones(6), jnp.zeros(6))
+    bounds = [
+        float(rbpjax.diagnostics.jacobian_norm(*args, num_steps=k))
+        for k in (1, 2, 3, 6)
+    ]
     want = float(jnp.linalg.norm(w, 2))
     assert bounds == sorted(bounds) and bounds[0] < 0.999 * want
     assert abs(bounds[-1] / want - 1) < 1e-9
@@ -110,7 +118,7 @@ def test_adjoint_residual_is_the_definition():
     flat, unravel = jax.flatten_util.ravel_pytree(h)
     g = jax.flatten_util.ravel_pytree(jax.grad(readout)(h))[0]
     residual = jax.jit(
-        lambda g, z: rbpjax.adjoint_residual(
+        lambda g, z: rbpjax.diagnostics.adjoint_residual(
             problem.f, problem.params, problem.inputs, h, unravel(g), unravel(z)
         )
     )
@@ -130,8 +138,8 @@ def test_adjoint_residual_is_the_definition():
 def test_diagnostics_work_on_an_expansive_map_under_vmap():
     """Under vmap over keys each estimate is its own, and near ρ(J) = 1.5."""
     keys = jax.random.split(KEY, 3)
-    radius = lambda key: rbpjax.spectral_radius(
-        EXPANSIVE.f, EXPANSIVE.params, EXPANSIVE.inputs, EXPANSIVE.h0, key
+    radius = lambda key: rbpjax.diagnostics.spectral_radius(
+        key, EXPANSIVE.f, EXPANSIVE.params, EXPANSIVE.inputs, EXPANSIVE.h0
     )
     estimates = jax.jit(jax.vmap(radius))(keys)
     chex.assert_trees_all_close(estimates, jnp.full(3, 1.5), rtol=1e-2)
@@ -142,11 +150,11 @@ def test_diagnostics_of_a_complex_state():
     """ρ(J) and ‖J‖ of a complex matrix are those of the real map of twice the size."""
     w = jax.lax.complex(0.5 * SIMILAR[:3, :3], 0.4 * SIMILAR[3:, :3])
     zero = jnp.zeros(3, complex)
-    args = (linear, w, zero, zero, KEY)
+    args = (KEY, linear, w, zero, zero)
     want = jnp.abs(jnp.linalg.eigvals(w)).max()
-    radius = jax.jit(lambda: rbpjax.spectral_radius(*args, num_steps=400))()
+    radius = jax.jit(lambda: rbpjax.diagnostics.spectral_radius(*args, num_steps=400))()
     assert jnp.abs(radius / want - 1) < 1 / 400
-    norm = jax.jit(lambda: rbpjax.jacobian_norm(*args))()
+    norm = jax.jit(lambda: rbpjax.diagnostics.jacobian_norm(*args))()
     chex.assert_trees_all_close(norm, jnp.linalg.norm(w, 2), rtol=1e-9)
 
 
@@ -155,8 +163,12 @@ def test_diagnostics_of_a_sharded_state():
     problem = PROBLEMS["tanh_rnn"]
     mesh = jax.make_mesh((3,), ("d",))
     h = fixed_point(problem)
-    want = rbpjax.jacobian_norm(problem.f, problem.params, problem.inputs, h, KEY)
-    norm = jax.jit(lambda p, x, h: rbpjax.jacobian_norm(problem.f, p, x, h, KEY))
+    want = rbpjax.diagnostics.jacobian_norm(
+        KEY, problem.f, problem.params, problem.inputs, h
+    )
+    norm = jax.jit(
+        lambda p, x, h: rbpjax.diagnostics.jacobian_norm(KEY, problem.f, p, x, h)
+    )
     with jax.set_mesh(mesh):
         rows = NamedSharding(mesh, PartitionSpec("d"))
         x, h = jax.device_put((problem.inputs, h), rows)
@@ -168,11 +180,11 @@ def test_diagnostics_of_a_sharded_state():
     ("call", "pattern"),
     [
         (
-            lambda *a: rbpjax.spectral_radius(*a, KEY, num_steps=3),
+            lambda *a: rbpjax.diagnostics.spectral_radius(KEY, *a, num_steps=3),
             "`num_steps`.*at least 4.*3",
         ),
         (
-            lambda *a: rbpjax.jacobian_norm(*a, KEY, num_steps=0),
+            lambda *a: rbpjax.diagnostics.jacobian_norm(KEY, *a, num_steps=0),
             "`num_steps`.*at least 1.*0",
         ),
     ],

@@ -60,7 +60,7 @@ BAD_STEPS = {
         "`f`'s output.*select h",
     ),
     "shape_tbptt": (
-        lambda: rbpjax.tbptt(lambda a, x, h: h[:1], 3, 1)(A, X, H),
+        lambda: rbpjax.bptt(lambda a, x, h: h[:1], 3, truncation=1)(A, X, H),
         "`f`'s output.*float64[1].*float64[2]",
     ),
     "shape_vjp": (
@@ -72,8 +72,8 @@ BAD_STEPS = {
         "`f`'s output.*float64[1].*float64[2]",
     ),
     "shape_diagnose": (
-        lambda: rbpjax.spectral_radius(
-            lambda a, x, h: h[:1], A, X, H, jax.random.key(0)
+        lambda: rbpjax.diagnostics.spectral_radius(
+            jax.random.key(0), lambda a, x, h: h[:1], A, X, H
         ),
         "`f`'s output.*float64[1].*float64[2]",
     ),
@@ -84,33 +84,48 @@ BAD_STEPS = {
     "not_callable": (lambda: rbpjax.rbp_solve("tanh"), "`f` must be callable.*'tanh'"),
 }
 BAD_FIELDS = {
-    "neumann_both": (lambda: Neumann(3, 1e-3), "`steps`.*`tol`.*steps=3, tol=0.001"),
-    "neumann_steps": (lambda: Neumann(-1), "Neumann.*`steps`.*at least 0.*-1"),
-    "neumann_float": (lambda: Neumann(3.0), "Neumann.*`steps`.*int.*3.0"),
-    "neumann_bool": (lambda: Neumann(True), "Neumann.*`steps`.*int.*True"),
-    "neumann_array": (lambda: Neumann(jnp.int32(3)), "`steps`.*Array.*static fields"),
-    "neumann_tol": (lambda: Neumann(tol=-1e-3), "Neumann.*`tol`.*[0.0, inf).*-0.001"),
+    "neumann_both": (
+        lambda: Neumann(steps=3, tol=1e-3),
+        "`steps`.*`tol`.*steps=3, tol=0.001",
+    ),
+    "neumann_steps": (lambda: Neumann(steps=-1), "Neumann.*`steps`.*at least 0.*-1"),
+    "neumann_float": (lambda: Neumann(steps=3.0), "Neumann.*`steps`.*int.*3.0"),
+    "neumann_bool": (lambda: Neumann(steps=True), "Neumann.*`steps`.*int.*True"),
+    "neumann_array": (
+        lambda: Neumann(steps=jnp.int32(3)),
+        "`steps`.*Array.*cannot be options",
+    ),
+    "neumann_tol": (lambda: Neumann(tol=-1e-3), "Neumann.*`tol`.*[0, 1).*-0.001"),
     "neumann_budget": (lambda: Neumann(max_steps=0), "`max_steps`.*at least 1.*0"),
-    "cg_budget": (lambda: CGNormal(0), "CGNormal.*`max_steps`.*at least 1.*0"),
+    "cg_budget": (
+        lambda: CGNormal(max_steps=0),
+        "CGNormal.*`max_steps`.*at least 1.*0",
+    ),
     "cg_tol": (lambda: CGNormal(tol=-1.0), "CGNormal.*`tol`.*-1.0"),
     "cg_nan": (lambda: CGNormal(tol=float("nan")), "CGNormal.*`tol`.*nan"),
     "cg_ridge": (lambda: CGNormal(ridge=-1.0), "CGNormal.*`ridge`.*-1.0"),
     "cg_tracer": (
         lambda: traced_field(lambda t: CGNormal(ridge=t)),
-        "`ridge`.*Tracer.*static fields",
+        "`ridge`.*Tracer.*cannot be options",
     ),
     "forward_tracer": (
         lambda: traced_field(lambda t: RBP(FixedPointIteration(tol=t))),
-        "`tol`.*Tracer.*static fields",
+        "`tol`.*Tracer.*cannot be options",
     ),
-    "rbp_solver": (lambda: RBP("anderson"), "RBP.*`solver`.*'anderson'.*Try RBP("),
+    "rbp_solver": (
+        lambda: RBP("anderson"),
+        "RBP.*`solver` must be a forward solver.*FixedPointIteration().*'anderson'",
+    ),
     "rbp_seed": (lambda: RBP(seed=0.5), "RBP.*`seed`.*0.5"),
-    "rbp_key": (lambda: RBP(seed=jax.random.key(0)), "RBP.*`seed`.*static fields"),
+    "rbp_key": (lambda: RBP(seed=jax.random.key(0)), "RBP.*`seed`.*cannot be options"),
     "forward_both": (
         lambda: FixedPointIteration(steps=3, tol=1e-3),
         "`steps`.*`tol`.*steps=3, tol=0.001",
     ),
-    "forward_budget": (lambda: FixedPointIteration(0), "`max_steps`.*at least 1.*0"),
+    "forward_budget": (
+        lambda: FixedPointIteration(max_steps=0),
+        "`max_steps`.*at least 1.*0",
+    ),
     "forward_steps": (lambda: FixedPointIteration(steps=-2), "`steps`.*at least 0.*-2"),
     "forward_damping": (
         lambda: FixedPointIteration(damping=1.0),
@@ -125,14 +140,14 @@ BAD_STRATEGIES = {
     ),
     "backward_name": (
         lambda: solve(backward="cg"),
-        "`backward` must be callable.*'cg'.*Neumann(20)",
+        "`backward` must be callable.*'cg'.*Neumann(steps=20)",
     ),
     "rule_array": (
         lambda: gradient(backward=lambda vjp, g: g),
         "backward rule.*must return rbpjax.Solution(.*got ",
     ),
     "rule_shape": (
-        lambda: gradient(backward=lambda vjp, g: Solution(g[:1], 0, 0.0, True)),
+        lambda: gradient(backward=lambda vjp, g: Solution(value=g[:1], converged=True)),
         "value returned by the backward rule.*float64[1].*float64[2]",
     ),
     "solver_tuple": (
@@ -141,7 +156,9 @@ BAD_STRATEGIES = {
     ),
     "solver_dtype": (
         lambda: solve(
-            forward=lambda step, h0: Solution(h0.astype(jnp.float32), 0, 0.0, True)
+            forward=lambda step, h0: Solution(
+                value=h0.astype(jnp.float32), converged=True
+            )
         ),
         "value returned by the forward solver.*float32[2].*float64[2]",
     ),
@@ -151,13 +168,13 @@ BAD_PROBES = {
         lambda: solve(probe=jnp.zeros(4)),
         "`probe` must be an AdjointReport.*AdjointReport.zeros()",
     ),
-    "tuple": (lambda: solve(probe=(0.0,) * 4), "`probe` must be.*got tuple"),
+    "tuple": (lambda: solve(probe=(0.0,) * 6), "`probe` must be.*got tuple"),
     "shape": (
         lambda: solve(probe=AdjointReport.zeros((3,))),
         "`probe.num_steps`.*float64[3].*jax.vmap",
     ),
     "dtype": (
-        lambda: solve(probe=AdjointReport(0, 0.0, 0.0, 0.0)),
+        lambda: solve(probe=AdjointReport.zeros()._replace(num_steps=0)),
         "`probe.num_steps`.*int64[]",
     ),
     "adjoint": (
@@ -169,8 +186,8 @@ BAD_PROBES = {
         "`start` must have the structure.*of `h_star`.*float64[2]",
     ),
     "rule": (
-        lambda: rbpjax.rbp_vjp(step, A, X, H, H, lambda vjp, g: None, start=H),
-        "takes no start.*rule(vjp, cotangent, start)",
+        lambda: rbpjax.rbp_vjp(step, A, X, H, H, backward=lambda vjp, g: None, start=H),
+        "takes no start.*rule(vjp, cotangent, start=z)",
     ),
 }
 CASES = {

@@ -50,7 +50,7 @@ def test_jaxopt_a_gradient_that_did_not_converge_is_not_silent():
     """
     solve = rbpjax.rbp_solve(lambda a, x, h: a * h + x, backward=Neumann(max_steps=10))
     loss = lambda a, probe: jnp.sum(solve(a, jnp.ones(1), jnp.zeros(1), probe).value)
-    _, _, report = jax.jit(rbpjax.value_and_grad(loss))(jnp.full(1, 0.9))
+    _, _, report = jax.jit(rbpjax.value_and_grad_with_report(loss))(jnp.full(1, 0.9))
     assert report.converged == 0
     chex.assert_trees_all_close(report.residual, jnp.float64(0.9**11), rtol=1e-9)
 
@@ -62,7 +62,7 @@ def test_lineax_117_and_243_the_backward_pass_never_raises():
     @jax.jit
     def step(a):
         loss = lambda a, probe: jnp.sum(solve(a, XS[0], ZERO, probe).value)
-        value, grad, report = rbpjax.value_and_grad(loss)(a)
+        value, grad, report = rbpjax.value_and_grad_with_report(loss)(a)
         return value, grad, report.converged
 
     _, _, converged = step(jnp.ones(3))
@@ -70,7 +70,7 @@ def test_lineax_117_and_243_the_backward_pass_never_raises():
 
 
 def _given(step, h0):
-    return Solution(h0, jnp.int32(0), jnp.float64(0), jnp.bool_(True))
+    return Solution(value=h0, num_steps=0, residual=0.0, converged=True)
 
 
 def test_optimistix_93_no_dense_jacobian():
@@ -250,7 +250,12 @@ def test_jaxopt_301_the_backward_solver_is_an_argument():
     def dense_rule(vjp, g):
         matrix = jnp.eye(g.size) - jax.vmap(vjp, out_axes=1)(jnp.eye(g.size))
         z = jnp.linalg.solve(matrix, g)
-        return Solution(z, jnp.int32(1), jnp.linalg.norm(matrix @ z - g), True)
+        return Solution(
+            value=z,
+            num_steps=1,
+            residual=jnp.linalg.norm(matrix @ z - g),
+            converged=True,
+        )
 
     h = fixed_point(EXPANSIVE)
     solve = rbpjax.rbp_solve(EXPANSIVE.f, forward=_given, backward=dense_rule)

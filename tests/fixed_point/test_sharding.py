@@ -21,12 +21,19 @@ from tests.support.problems import (
     loss_and_report,
     readout,
     reports_alone,
+    rows,
     solver_of,
     tanh_step,
     total_dense,
 )
 
-pytestmark = pytest.mark.parametrize("name", RULES)
+pytestmark = pytest.mark.parametrize(
+    "name", rows(RULES.keys(), ("neumann", "adaptive"))
+)
+vma = pytest.mark.parametrize("check_vma", rows([True, False], [True]))
+axis_types = pytest.mark.parametrize(
+    "axis_type", rows([AxisType.Auto, AxisType.Explicit], [AxisType.Explicit])
+)
 
 DIRECTION = jnp.array([[0.3, 1.0, -0.5], [0.7, -0.2, 0.4], [0.1, 0.9, -1.0]])
 
@@ -40,7 +47,7 @@ def skip_gmres(name, check_vma):
         pytest.skip("jax.scipy's gmres cannot be traced with check_vma, alone neither")
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@vma
 def test_gradient_inside_shard_map(name, check_vma):
     """Gradients taken on each device, of replicated params, closed-over ones too."""
     skip_gmres(name, check_vma)
@@ -72,7 +79,7 @@ def test_gradient_inside_shard_map(name, check_vma):
     assert_same_reports(report, reports_alone(name))
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@vma
 def test_gradient_through_shard_map(name, check_vma):
     """The gradient taken outside of a shard_map over the batch."""
     skip_gmres(name, check_vma)
@@ -112,7 +119,7 @@ def test_second_order_inside_shard_map(name):
     assert_close(jax.jit(mapped)(W, XS), want, CONVERGED_RTOL)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@axis_types
 def test_sharded_arrays(name, axis_type):
     """Under jit with a batch sharded over devices, on Auto and on explicit meshes."""
     if name == "callable" and axis_type == AxisType.Explicit:
@@ -135,7 +142,7 @@ def test_sharded_arrays(name, axis_type):
     assert_close(got, total_dense(), CONVERGED_RTOL)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@axis_types
 def test_sharded_weight_matrix(name, axis_type):
     """Rows of one weight matrix, and with them the units, over eight devices."""
     if name == "callable" and axis_type == AxisType.Explicit:

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 
 import rbpjax
-from benchmarks.comparison.costs import count_products
-from benchmarks.comparison.families import FAMILIES
 from rbpjax import (
     CG,
     GMRES,
@@ -22,11 +20,13 @@ from rbpjax import (
     FixedPointIteration,
     Newton,
 )
-from tests.support.problems import EXPANSIVE, PROBLEMS, assert_close, fixed_point
+from tests.support.counters import count_products
+from tests.support.families import FAMILIES
+from tests.support.problems import EXPANSIVE, PROBLEMS, assert_close, fixed_point, rows
 
 SOLVERS = {
     "rre": RRE(tol=1e-12),
-    "rre_one": RRE(1, tol=1e-12),
+    "rre_one": RRE(memory=1, tol=1e-12),
     "newton": Newton(tol=1e-12),
     "newton_bicgstab": Newton(BiCGSTAB(tol=1e-2), tol=1e-12),
     "newton_cg": Newton(CGNormal(tol=1e-4), tol=1e-12, warmup=3),
@@ -35,10 +35,17 @@ SOLVERS = {
 
 
 CASES = [(s, name) for s in SOLVERS for name in [*PROBLEMS, "expansive"]]
+SHORT = ("expansive",)
 CASES.remove(("rre_one", "expansive"))  # the next test
 
 
-@pytest.mark.parametrize(("solver", "name"), CASES)
+@pytest.mark.parametrize(
+    ("solver", "name"),
+    [
+        pytest.param(*case, marks=() if case[1] in SHORT else pytest.mark.full)
+        for case in CASES
+    ],
+)
 def test_the_fixed_point_is_found(solver, name):
     """By each solver on each problem, ρ(J) > 1 included."""
     problem, solver = {**PROBLEMS, "expansive": EXPANSIVE}[name], SOLVERS[solver]
@@ -50,7 +57,7 @@ def test_the_fixed_point_is_found(solver, name):
 
 def test_one_difference_is_too_few_for_a_pair_of_eigenvalues():
     """RRE(1) on complex eigenvalues outside the unit circle fails, and says so."""
-    solve = rbpjax.rbp_solve(EXPANSIVE.f, forward=RRE(1, tol=1e-12))
+    solve = rbpjax.rbp_solve(EXPANSIVE.f, forward=RRE(memory=1, tol=1e-12))
     solution = solve(EXPANSIVE.params, EXPANSIVE.inputs, EXPANSIVE.h0)
     assert not solution.converged and solution.residual > 1e-3
 
@@ -67,11 +74,14 @@ def test_a_cycle_as_long_as_the_dimension_solves_an_affine_map():
     jac, x = affine()
     step = lambda h: jac @ h + x
     want = jnp.linalg.solve(jnp.eye(6) - jac, x)
-    for solver, steps in ((RRE(6, tol=1e-9), 7), (Newton(Direct(), tol=1e-9), 1)):
+    for solver, steps in (
+        (RRE(memory=6, tol=1e-9), 7),
+        (Newton(Direct(), tol=1e-9), 1),
+    ):
         solution = solver(step, jnp.zeros(6))
         assert solution.num_steps == steps and solution.converged
         assert_close(solution.value, want, 1e-9)
-    assert RRE(4, tol=1e-9)(step, jnp.zeros(6)).num_steps > 7
+    assert RRE(memory=4, tol=1e-9)(step, jnp.zeros(6)).num_steps > 7
 
 
 def test_a_cycle_is_restarted_gmres():
@@ -83,8 +93,10 @@ def test_a_cycle_is_restarted_gmres():
     jac, g = affine(12, 1, 0.9)
     vjp = lambda v: jac.T @ v
     # From z₀ = 0 both span the same spaces; RBP starts from g, one term later.
-    start = RRE(3, 4, 1e-14, 0.0)(lambda z: g + vjp(z), jnp.zeros(12))
-    z = GMRES(3, 1e-14, 3)(vjp, g).value
+    start = RRE(memory=3, max_steps=4, tol=1e-14, ridge=0.0)(
+        lambda z: g + vjp(z), jnp.zeros(12)
+    )
+    z = GMRES(max_steps=3, tol=1e-14, restart=3)(vjp, g).value
     assert start.num_steps == 4
     chex.assert_trees_all_close(start.value, g + vjp(z), rtol=1e-9, atol=1e-9)
 
@@ -134,7 +146,7 @@ def test_direct_reports_a_singular_system():
     jac = jnp.array([[1.0, 1.0], [1e-9, 0.3]]) - jnp.eye(2) * 1e-9
     reached = [
         bool(Direct(tol=tol)(lambda v: jac.T @ v, jnp.array([1.0, 2.0])).converged)
-        for tol in (1e-3, 1e-300)
+        for tol in (1e-3, 0.0)
     ]
     assert reached == [True, False]
 
@@ -142,7 +154,9 @@ def test_direct_reports_a_singular_system():
 def test_newton_converges_quadratically_with_a_direct_rule():
     """Residuals of h = 3 cos h are each below a constant times the last one squared."""
     step = lambda h: 3.0 * jnp.cos(h)
-    at = lambda k: float(Newton(Direct(), k, 1e-300)(step, jnp.ones(1)).residual)
+    at = lambda k: float(
+        Newton(Direct(), max_steps=k, tol=0.0)(step, jnp.ones(1)).residual
+    )
     residuals = [at(k) for k in range(1, 6)]
     assert residuals[-1] < 1e-12
     for now, then in itertools.pairwise(residuals):
@@ -178,7 +192,9 @@ def test_newton_takes_its_warm_up_and_counts_it():
 
 def test_newton_refuses_what_is_no_rule():
     """A name instead of an instance is met with an example."""
-    with pytest.raises(ValueError, match=r"`rule` must be a backward rule.*Newton\("):
+    with pytest.raises(
+        ValueError, match=r"`backward` must be a backward rule.*got 'bicgstab'"
+    ):
         Newton("bicgstab")
 
 
@@ -187,8 +203,8 @@ def test_rre_takes_about_as_many_steps_as_anderson():
     jac = FAMILIES["symmetric [-0.99, 0.99]"](np.random.default_rng(1), 100)
     g = jnp.asarray(np.random.default_rng(2).normal(size=100))
     run = lambda solver: RBP(solver)(lambda v: jnp.asarray(jac.T) @ v, g)
-    plain = run(FixedPointIteration(5000, 1e-9))
-    fast = run(RRE(10, 5000, 1e-9))
+    plain = run(FixedPointIteration(max_steps=5000, tol=1e-9))
+    fast = run(RRE(memory=10, max_steps=5000, tol=1e-9))
     assert plain.converged and fast.converged
     assert 5 * int(fast.num_steps) < int(plain.num_steps)
 
@@ -196,7 +212,7 @@ def test_rre_takes_about_as_many_steps_as_anderson():
 def test_rre_with_a_singular_gram_matrix():
     """Iterates on a line, memory 5: all differences are parallel."""
     x = jnp.array([1.0, -2.0, 3.0, 0.5])
-    solution = RRE(5, tol=1e-12)(lambda h: 0.9 * h + x, jnp.zeros(4))
+    solution = RRE(memory=5, tol=1e-12)(lambda h: 0.9 * h + x, jnp.zeros(4))
     assert solution.converged and solution.num_steps <= 7
     assert_close(solution.value, 10 * x, 1e-10)
     solution = RRE()(lambda h: 0.5 * h + x, 2 * x)
@@ -216,7 +232,7 @@ def test_rre_returns_its_best_iterate():
 SYMMETRIC = [name for name in FAMILIES if name.startswith("symmetric")]
 
 
-@pytest.mark.parametrize("name", SYMMETRIC)
+@pytest.mark.parametrize("name", rows(SYMMETRIC, ["symmetric [-1.5, 0.9]"]))
 def test_cg_takes_half_of_the_products(name):
     """On symmetric J, ρ(J) = 1.5 too, CG is exact and the cheapest of the rules."""
     jac = jnp.asarray(FAMILIES[name](np.random.default_rng(1), 60))
@@ -246,13 +262,13 @@ def test_cg_says_so_where_the_jacobian_is_not_symmetric():
 
 
 STOPPING = {
-    "rre": (lambda tol, k: RBP(RRE(3, k, tol)), 1),
-    "cg": (lambda tol, k: CG(k, tol), 2),
-    "newton": (lambda tol, k: RBP(Newton(BiCGSTAB(tol=0.1), k, tol)), 1),
+    "rre": (lambda tol, k: RBP(RRE(memory=3, max_steps=k, tol=tol)), 1),
+    "cg": (lambda tol, k: CG(max_steps=k, tol=tol), 2),
+    "newton": (lambda tol, k: RBP(Newton(BiCGSTAB(tol=0.1), max_steps=k, tol=tol)), 1),
 }
 
 
-@pytest.mark.parametrize("tol", [1e-3, 1e-9])
+@pytest.mark.parametrize("tol", rows([1e-3, 1e-9], [1e-3]))
 @pytest.mark.parametrize("name", STOPPING)
 def test_they_stop_at_the_tolerance_and_not_beyond(name, tol):
     """Converged at ``tol``; with a little less of a budget, not yet.
@@ -278,5 +294,7 @@ def test_they_stop_at_the_tolerance_and_not_beyond(name, tol):
 def test_what_they_cost():
     """One product a step of RRE, and one for the residual of the last iterate."""
     jac, g = affine(12, 1, 0.9)
-    made, taken = count_products(RBP(RRE(3, 8)), lambda h: jac @ h, g, g)
+    made, taken = count_products(
+        RBP(RRE(memory=3, max_steps=8)), lambda h: jac @ h, g, g
+    )
     assert made == taken + 1

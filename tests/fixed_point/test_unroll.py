@@ -52,7 +52,7 @@ def test_bptt_is_the_loop(remat):
 @pytest.mark.parametrize("truncation", [1, 3, T - 1, T])
 def test_tbptt_is_the_loop_cut_by_stop_gradient(truncation):
     """Value of T steps, gradient of the last ``truncation``; h0's is zero if cut."""
-    value, bars = gradient(loss_of(rbpjax.tbptt(PROBLEM.f, T, truncation)))
+    value, bars = gradient(loss_of(rbpjax.bptt(PROBLEM.f, T, truncation=truncation)))
     # The cut is before step T - truncation: at T it is before the first, of h0 itself.
     want_value, want = by_hand(truncation if truncation < T else None)
     chex.assert_trees_all_close(value, want_value, rtol=1e-14)
@@ -81,7 +81,7 @@ def test_forward_mode_goes_through_bptt(remat):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda f: rbpjax.bptt(f, T), lambda f: rbpjax.tbptt(f, T, 3)]
+    "make", [lambda f: rbpjax.bptt(f, T), lambda f: rbpjax.bptt(f, T, truncation=3)]
 )
 def test_solution_reports_the_last_state(make):
     """Steps, and the residual of the returned state; no gradient through it."""
@@ -115,10 +115,10 @@ def test_convergence_is_recognized():
         (lambda f: rbpjax.bptt(f, 5, remat=0), "remat", "0"),
         (lambda f: rbpjax.bptt(f, 5, remat=6), "remat", "6"),
         (lambda f: rbpjax.bptt(f, 5, remat="yes"), "remat", "yes"),
-        (lambda f: rbpjax.tbptt(f, 5, 0), "truncation", "0"),
-        (lambda f: rbpjax.tbptt(f, 5, 6), "truncation", "6"),
-        (lambda f: rbpjax.tbptt(f, -1, 1), "num_steps", "-1"),
-        (lambda f: rbpjax.tbptt(f, 5, jnp.int32(2)), "truncation", "Array"),
+        (lambda f: rbpjax.bptt(f, 5, truncation=0), "truncation", "0"),
+        (lambda f: rbpjax.bptt(f, 5, truncation=6), "truncation", "6"),
+        (lambda f: rbpjax.bptt(f, -1, truncation=1), "num_steps", "-1"),
+        (lambda f: rbpjax.bptt(f, 5, truncation=jnp.int32(2)), "truncation", "Array"),
     ],
 )
 def test_bad_counts(make, name, value):

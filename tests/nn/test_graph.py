@@ -62,14 +62,19 @@ def test_fixed_point_and_gradient_are_those_of_a_dense_solve():
         return jnp.sum(layer((graph, drive), jnp.zeros_like(drive)).value ** 3)
 
     kernel = layer.cell.kernel[...]
-    expected = truth(kernel, drive)
+    expected = jax.jit(truth)(kernel, drive)
     # Weights of Â are float32 numbers: 6e-8 relative, times κ(I - J) of at most 19.
     np.testing.assert_allclose(
-        layer((graph, drive), jnp.zeros_like(drive)).value, expected, rtol=0, atol=3e-6
+        nnx.jit(lambda layer, d: layer((graph, d), jnp.zeros_like(d)).value)(
+            layer, drive
+        ),
+        expected,
+        rtol=0,
+        atol=3e-6,
     )
-    grads, drive_bar = nnx.grad(loss, argnums=(0, 1))(layer, drive)
+    grads, drive_bar = nnx.jit(nnx.grad(loss, argnums=(0, 1)))(layer, drive)
     dense_loss = lambda k, d: jnp.sum(truth(k, d) ** 3)
-    kernel_bar, dense_bar = jax.grad(dense_loss, (0, 1))(kernel, drive)
+    kernel_bar, dense_bar = jax.jit(jax.grad(dense_loss, (0, 1)))(kernel, drive)
     scale = float(jnp.abs(kernel_bar).max())
     np.testing.assert_allclose(
         grads.cell.kernel[...], kernel_bar, rtol=0, atol=1e-5 * scale

@@ -59,7 +59,7 @@ def test_the_report_comes_out_of_a_training_step():
             layer = nnx.merge(graph, params)
             return jnp.mean((layer(X, H0, probe).value - 0.5) ** 2)
 
-        value, grads, report = rbpjax.value_and_grad(loss)(params)
+        value, grads, report = rbpjax.value_and_grad_with_report(loss)(params)
         return value, jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), report
 
     first, params, report = step(params)

@@ -8,9 +8,10 @@ import pytest
 from flax import nnx
 
 from rbpjax.nn import UnitaryRNN
-from rbpjax.unitary import Inverse, Replay, UnitaryCell
+from rbpjax.unitary import UnitaryCell
+from rbpjax.unitary.history import Inverse, Replay
 
-CELL = UnitaryCell((8,), 2)
+CELL = UnitaryCell(lattice=(8,), channels=2)
 
 
 def model_with(history, **kwargs):
@@ -30,14 +31,24 @@ def test_outputs_are_those_of_the_functional_cell(key):
     chex.assert_trees_all_close(h, state, rtol=1e-12)
 
 
-@pytest.mark.parametrize("history", [Inverse(CELL.inverse, 3), Replay(3)])
+@pytest.mark.parametrize(
+    "history",
+    [
+        pytest.param(
+            Inverse(inverse=CELL.inverse, anchors=3),
+            marks=pytest.mark.full,
+            id="inverse",
+        ),
+        pytest.param(Replay(slots=3), id="replay"),
+    ],
+)
 def test_gradients_do_not_depend_on_the_history(key, history):
     """nnx.grad with recomputed states equals nnx.grad with stored ones."""
     xs = 0.3 * jax.random.normal(key, (2, 9, 3))
 
     def grad(history):
         loss = lambda m: jnp.sum(jax.vmap(lambda x: m(x)[1])(xs) ** 3)
-        return nnx.to_pure_dict(nnx.grad(loss)(model_with(history)))
+        return nnx.to_pure_dict(nnx.jit(nnx.grad(loss))(model_with(history)))
 
     got, expected = grad(history), grad(None)
     assert set(got) == {"kernel", "encoder", "decoder", "bias"}
@@ -46,7 +57,7 @@ def test_gradients_do_not_depend_on_the_history(key, history):
 
 def test_trains_with_optax(key):
     """Gradient descent on the real parameters lowers a loss."""
-    model = model_with(Replay(4))
+    model = model_with(Replay(slots=4))
     optimizer = nnx.Optimizer(model, optax.sgd(0.02), wrt=nnx.Param)
     xs, target = jax.random.normal(key, (6, 3)), jnp.array([1.0, -1.0])
 

@@ -8,6 +8,7 @@ import pytest
 
 from rbpjax import online
 
+FULL = pytest.mark.full
 SIGNS = np.where(np.arange(23) < 10, 1.0, -1.0)
 A = 0.5 * (np.eye(23) + np.eye(23, k=1))
 
@@ -53,28 +54,34 @@ def test_truncated_influence_changes_sign_at_41():
         sums.append(total)
         power = power @ A
     chex.assert_trees_all_close(truncated, jnp.array(sums), rtol=1e-12, atol=1e-12)
-    assert jnp.all(truncated[:40] > 0)
-    assert jnp.all(truncated[40:] < 0)
+    assert np.all(truncated[:40] > 0)
+    assert np.all(truncated[40:] < 0)
 
 
 def test_window_summed_gradient_changes_sign_at_110():
     """At rest at θ = ½ the right direction is up; TBPTT says so from T = 110 on."""
     theta = jnp.array(0.5)
     at_rest = jnp.asarray(0.5 * np.linalg.solve(np.eye(23) - A, SIGNS))
-    est = online.bptt(f, loss)
+    step = jax.jit(online.bptt(f, loss).step)
 
     def gradient(steps):
-        ticks = jnp.zeros(steps)
-        return est.step(theta, online.Carry(at_rest, ()), ticks, ticks, ())[1].grads
+        ticks = np.zeros(steps)
+        return step(theta, online.Carry(at_rest, ()), ticks, ticks, ())[1].grads
 
     # ∂loss/∂θ = (h₁ - 1)(-6) with h₁ = -3 is 24: positive.
     assert gradient(109) < 0
     assert gradient(110) > 0
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32])
-def test_uoro_reaches_the_optimum(dtype):
-    """Step 1e-5, 200,000 steps, 3 of 3 seeds."""
+@pytest.mark.parametrize(
+    ("steps", "atol"), [(40_000, 0.1), pytest.param(200_000, 1e-3, marks=FULL)]
+)
+def test_uoro_reaches_the_optimum(steps, atol):
+    """Step 1e-5, float32, 3 of 3 seeds: near after 40,000 steps, there after 200,000.
+
+    The optimum is -1/6, the start 1/2.
+    """
+    dtype = jnp.float32
     a, s = jnp.asarray(A, dtype), jnp.asarray(SIGNS, dtype)
     est = online.uoro(lambda theta, x, h: a @ h + theta * s, loss)
 
@@ -88,11 +95,10 @@ def test_uoro_reaches_the_optimum(dtype):
 
         theta = jnp.array(0.5, dtype)
         start = theta, est.init(theta, jnp.ones(23, dtype)), key
-        return jax.lax.scan(step, start, length=200_000)[0][0]
+        return jax.lax.scan(step, start, length=steps)[0][0]
 
-    keys = jax.random.split(jax.random.key(0), 3)
-    finals = jnp.stack([jax.jit(run)(key) for key in keys])
-    chex.assert_trees_all_close(finals, jnp.full(3, -1 / 6, dtype), atol=1e-3)
+    finals = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), 3))
+    np.testing.assert_allclose(finals, np.full(3, -1 / 6), atol=atol)
 
 
 @pytest.mark.parametrize("truncation", [1, 10, 100])

@@ -1,13 +1,15 @@
-"""What every estimator keeps: types, transformations, memory, errors."""
+"""What every estimator keeps: types, transformations, memory, derivatives, errors."""
+
+import dataclasses
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-import rbpjax.online
 from rbpjax import online
-from tests.support.online import lstm, run, vanilla
+from tests.support.online import lstm, run, signs_like, vanilla
 
 TIGHT = dict(rtol=1e-12, atol=1e-12)
 
@@ -20,10 +22,21 @@ STREAMING = {
     "kf_rtrl": online.kf_rtrl,
     "snap1": online.snap1,
     "rflo": online.rflo,
-    "average": lambda f, loss: online.average(online.uoro(f, loss), 3),
-    "renormalize": lambda f, loss: online.renormalize(online.uoro(f, loss), 5.0),
+    "average": lambda f, loss: online.combine.average(online.uoro(f, loss), 3),
+    "renormalize": lambda f, loss: online.combine.renormalize(
+        online.uoro(f, loss), 5.0
+    ),
 }
-every = pytest.mark.parametrize("name", STREAMING)
+
+
+def each(*representatives, names=tuple(STREAMING)):
+    """All of ``names``, but by default the representatives only."""
+    full = [name for name in names if name not in representatives]
+    marked = [pytest.param(name, marks=pytest.mark.full) for name in full]
+    return pytest.mark.parametrize("name", [*representatives, *marked])
+
+
+every = each("rtrl", "uoro", "kf_rtrl")
 
 
 def first_step(est, system):
@@ -41,7 +54,7 @@ def test_jit_scan_and_vmap_agree(name):
     keys = jax.random.split(jax.random.key(1), (2, 3))
     noise = jax.vmap(jax.vmap(est.noise, (0, None)), (0, None))(keys, carry)
     batched = jax.vmap(lambda n: run(est, system, n), axis_size=2)
-    _, out = batched(noise)
+    _, out = jax.jit(batched)(noise)
     step = jax.jit(est.step)
     for t in range(3):
         signs = jax.tree.map(lambda n, t=t: n[1, t], noise)
@@ -96,17 +109,43 @@ def test_memory_does_not_grow_with_the_sequence(name):
 def test_dead_network_gives_zeros_not_nans(name):
     """Zero influence (J = 0, F = 0) and zero loss gradient stay finite."""
     system = vanilla(n=2, steps=6)
-    kernel = lambda p: 0.0 * system.f.kernel(p)
-    dead = online.PreactivationCell(kernel, system.f.features, system.f.activate)
+    dead = dataclasses.replace(system.f, kernel=lambda p: 0.0 * system.f.kernel(p))
     flat = lambda p, h, y: 0.0 * jnp.sum(h)
     for f, loss in ((dead, system.loss), (system.f, flat)):
         start = system._replace(h0=jnp.zeros(2))
         carries, out = run(STREAMING[name](f, loss), start)
         chex.assert_tree_all_finite((carries, out))
-    assert all(jnp.all(g == 0) for g in jax.tree.leaves(out.grads))
+    assert all(np.all(g == 0) for g in jax.tree.leaves(out.grads))
 
 
-@pytest.mark.parametrize("name", ["rtrl", "uoro", "nobacktrack"])
+@each("uoro")
+def test_a_run_can_be_differentiated(name):
+    """Forward and reverse mode agree with each other and with differences.
+
+    At the start the influence is zero, where the derivative of a norm is infinite.
+    """
+    system = vanilla(n=2, steps=3)
+    est = STREAMING[name](system.f, system.loss)
+    noise = signs_like(est, system, 3)
+
+    @jax.jit
+    def total(params):
+        grads = run(est, system, noise, params)[1].grads
+        return sum(jnp.sum(jnp.arcsinh(g)) for g in grads.values())
+
+    rng = np.random.default_rng(0)
+    v = {k: rng.standard_normal(p.shape) for k, p in system.params.items()}
+    (slope,) = jax.jit(lambda p: jax.jvp(total, (p,), (v,))[1:])(system.params)
+    gradient = jax.jit(jax.grad(total))(system.params)
+    moved = lambda by: {k: p + by * v[k] for k, p in system.params.items()}
+    difference = (total(moved(1e-5)) - total(moved(-1e-5))) / 2e-5
+    assert abs(slope) > 0.1
+    back = sum(np.vdot(gradient[k], v[k]) for k in v)
+    np.testing.assert_allclose(back, slope, rtol=1e-10)
+    np.testing.assert_allclose(difference, slope, rtol=1e-5)
+
+
+@each("uoro", names=("uoro", "rtrl", "nobacktrack"))
 def test_leaves_that_are_no_floats_pass_through(name):
     """Integers and keys in parameters and state: None in grads, values untouched."""
     system = vanilla(n=3, steps=5)
@@ -134,111 +173,11 @@ def test_leaves_that_are_no_floats_pass_through(name):
     chex.assert_trees_all_close(got, expected.grads, **TIGHT)
 
 
-def test_reset_is_a_fresh_start():
-    """After a reset the run equals a run that begins there, sequence by sequence."""
-    system = vanilla(n=2, steps=6)
-    est = online.uoro(system.f, system.loss)
-    fresh = est.init(system.params, system.h0)
-    signs = jnp.sign(jax.random.normal(jax.random.key(0), (6, 2), float))
-
-    def resetting(carry, xyn):
-        x, y, noise, begins = xyn
-        carry = online.reset(carry, fresh, begins)
-        carry, out = est.step(system.params, carry, x, y, noise)
-        return carry, out
-
-    begins = jnp.arange(6) == 3
-    xyn = (system.xs, system.ys, signs, begins)
-    _, out = jax.lax.scan(resetting, fresh, xyn)
-    tail = system._replace(xs=system.xs[3:], ys=system.ys[3:])
-    _, anew = run(est, tail, signs[3:])
-    head = jax.tree.map(lambda x: x[3:], out)
-    chex.assert_trees_all_equal(head, anew)
-
-
-def test_reset_selects_sequences():
-    """A vector resets the sequences it names, in all leaves, and no other."""
-    system = vanilla(n=2, steps=2)
-    est = online.per_sequence(online.uoro(system.f, system.loss))
-    h0 = jnp.stack([system.h0, -system.h0])
-    fresh = est.init(system.params, h0)
-    batch = system._replace(
-        h0=h0, xs=jnp.stack([system.xs] * 2, 1), ys=jnp.stack([system.ys] * 2, 1)
-    )
-    carries, _ = run(est, batch)
-    carry = jax.tree.map(lambda x: x[-1], carries)
-    got = online.reset(carry, fresh, jnp.array([False, True]))
-    for i, source in enumerate((carry, fresh)):
-        row = lambda x, i=i: x[i]
-        chex.assert_trees_all_equal(jax.tree.map(row, got), jax.tree.map(row, source))
-
-
-def chaotic_weights():
-    """16 units, gain 5: the leading Lyapunov exponent is 0.26 a step."""
-    return 5 * jax.random.normal(jax.random.key(1), (16, 16), jnp.float32) / 4
-
-
-def test_chaotic_network_needs_renormalization():
-    """float32: the influence overflows without a bound, never with it."""
-    loss = lambda w, h, y: jnp.sum(h**2)
-    f = lambda w, x, h: jnp.tanh(w @ h)
-    w = chaotic_weights()
-
-    def finite(est):
-        def step(state, _):
-            carry, key = state
-            key, signs = jax.random.split(key)
-            noise = est.noise(signs, carry)
-            carry, out = est.step(w, carry, None, None, noise)
-            return (carry, key), jnp.all(jnp.isfinite(out.grads))
-
-        start = est.init(w, jnp.full(16, 0.1, jnp.float32)), jax.random.key(1)
-        return jax.jit(lambda s: jax.lax.scan(step, s, length=2_000)[1])(start)
-
-    for make in (online.uoro, online.rtrl):
-        assert not jnp.all(finite(make(f, loss)))
-        assert jnp.all(finite(online.renormalize(make(f, loss), 1e3)))
-
-
-def test_renormalization_acts_beyond_the_bound_only():
-    """Below the bound the run is untouched; above it the norm is the bound."""
-    system = vanilla(n=3, steps=6)
-    est = online.rtrl(system.f, system.loss)
-    chex.assert_trees_all_close(
-        run(online.renormalize(est, 1e6), system), run(est, system), **TIGHT
-    )
-    carries, _ = run(online.renormalize(est, 0.5), system)
-    square = sum(jnp.sum(x[-1] ** 2) for x in jax.tree.leaves(carries.influence))
-    chex.assert_trees_all_close(jnp.sqrt(square), jnp.array(0.5), rtol=1e-12)
-
-
-def test_a_million_steps_stay_finite():
-    """UORO in float32, a chaotic network under renormalization, 10⁶ steps."""
-    w = chaotic_weights()
-    est = online.renormalize(
-        online.uoro(lambda w, x, h: jnp.tanh(w @ h), lambda w, h, y: jnp.sum(h**2)),
-        1e3,
-    )
-
-    def step(state, _):
-        carry, key, fine = state
-        key, signs = jax.random.split(key)
-        carry, out = est.step(w, carry, None, None, est.noise(signs, carry))
-        fine &= jnp.all(jnp.isfinite(out.grads))
-        return (carry, key, fine), None
-
-    start = est.init(w, jnp.full(16, 0.1, jnp.float32)), jax.random.key(1)
-    scan = jax.jit(lambda s: jax.lax.scan(step, s, length=10**6)[0])
-    carry, _, fine = scan((*start, jnp.array(True)))
-    assert fine
-    assert jnp.linalg.norm(carry.influence.w) > 1.0  # it has not died either
-
-
 ERRORS = {
     "two outputs": (
         lambda p, x, h: (h, h),
         lambda p, h, y: 0.0,
-        r"same pytree.*\(h, output\)",
+        r"`f`'s output.*structure.*its state `h`.*\(h, output\)",
     ),
     "other shape": (lambda p, x, h: jnp.append(h, 0.0), lambda p, h, y: 0.0, "shapes"),
     "vector loss": (lambda p, x, h: p * h, lambda p, h, y: h, "scalar"),
@@ -247,48 +186,48 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("case", ERRORS)
-@pytest.mark.parametrize("make", [online.rtrl, online.uoro, online.nobacktrack])
+@pytest.mark.parametrize(
+    "make", [online.rtrl, online.uoro, online.nobacktrack, online.bptt]
+)
 def test_wrong_functions_are_named(make, case):
     """A step or loss of the wrong kind raises with what it got and the remedy."""
     f, loss, message = ERRORS[case]
     est = make(f, loss)
-    carry = est.init(jnp.ones(2), jnp.ones(2))
+    ones = np.ones(2)
+    carry = est.init(ones, ones)
     with pytest.raises(ValueError, match=message):
-        est.step(jnp.ones(2), carry, None, None, est.noise(jax.random.key(0), carry))
+        est.step(ones, carry, ones, None, ones)
 
 
 def test_complex_states_are_refused():
-    """Complex leaves raise, with the remedy."""
+    """Complex leaves raise, with the remedy: at the start, and in a step."""
     est = online.uoro(lambda p, x, h: h, lambda p, h, y: jnp.sum(jnp.abs(h)))
-    carry = est.init(jnp.ones(2), jnp.ones(2, complex))
-    with pytest.raises(ValueError, match=r"`h` holds a complex leaf.*real and imag"):
-        est.step(jnp.ones(2), carry, None, None, None)
+    real, complex_ = np.ones(2), np.ones(2, complex)
+    message = "`%s` holds a complex leaf.*real and imag"
+    with pytest.raises(ValueError, match=message % "h0"):
+        est.init(real, complex_)
+    with pytest.raises(ValueError, match=message % "params"):
+        est.init(complex_, real)
+    carry = est.init(real, real)
+    with pytest.raises(ValueError, match=message % "h"):
+        est.step(real, carry._replace(h=complex_), None, None, None)
+    with pytest.raises(ValueError, match=message % "params"):
+        est.step(complex_, carry, None, None, None)
 
 
-@pytest.mark.parametrize("bad", [0, 2.0, True, jnp.array(2)])
-def test_counts_must_be_positive_ints(bad):
-    """Copies and truncation: Python ints of at least one."""
-    f, loss = (lambda p, x, h: h), (lambda p, h, y: 0.0)
-    with pytest.raises(ValueError, match="copies"):
-        online.average(online.uoro(f, loss), bad)
-    with pytest.raises(ValueError, match="truncation"):
-        online.tbptt(f, loss, truncation=bad)
-    with pytest.raises(ValueError, match="max_norm"):
-        online.renormalize(online.uoro(f, loss), -1)
+@pytest.mark.parametrize("h0", [{}, {"h": "words"}])
+def test_what_is_no_state_is_refused(h0):
+    """A state without arrays, and one with leaves that are none."""
+    for make in (online.uoro, online.rtrl, online.bptt):
+        est = make(lambda p, x, h: h, lambda p, h, y: 0.0)
+        with pytest.raises(ValueError, match="`h0` must"):
+            est.init(np.ones(2), h0)
 
 
-def test_truncation_must_divide_the_sequence():
-    """Both numbers are in the message."""
-    system = vanilla(steps=12)
-    est = online.tbptt(system.f, system.loss, truncation=5)
-    carry = est.init(system.params, system.h0)
-    with pytest.raises(ValueError, match=r"`truncation` = 5.*12"):
-        est.step(system.params, carry, system.xs, system.ys, ())
-
-
-def test_everything_public_is_documented_and_sorted():
+@pytest.mark.parametrize("namespace", [online, online.combine, online.rank_one])
+def test_everything_public_is_documented_and_sorted(namespace):
     """__all__ is sorted, each name has a docstring."""
-    names = rbpjax.online.__all__
+    names = namespace.__all__
     assert names == sorted(names)
     for name in names:
-        assert getattr(rbpjax.online, name).__doc__, name
+        assert getattr(namespace, name).__doc__, name

@@ -104,7 +104,9 @@ def test_it_composes_with_any_gradient():
     matrix = jnp.array([[1.0, 0.3], [-0.5, 0.8]])
     net = dense(cell=perturb.DenseCell(decorrelation=matrix))
     rule = perturb.NodePerturbation(
-        9, difference=perturb.Exact(), noise=perturb.orthonormal
+        num_samples=9,
+        difference=perturb.difference.Exact(),
+        noise=perturb.noise.orthonormal,
     )
     assert distance(estimate(net, rule), gradient(net)) < 1e-12
     assert distance(gradient(net), gradient(dense())) > 0.01  # D matters
@@ -113,7 +115,7 @@ def test_it_composes_with_any_gradient():
 
     def loss(matrix, params):
         cell = perturb.DenseCell(decorrelation=matrix)
-        out = perturb.unroll(cell, params, net.h0, net.xs).outputs
+        out = perturb.unroll(cell, params, net.inputs, net.h0).outputs
         return jnp.sum(out**2)
 
     reached, _ = jax.grad(loss, argnums=(0, 1))(matrix, net.params)
@@ -128,7 +130,7 @@ def test_it_composes_with_any_gradient():
     def train(matrix, params):
         cell = perturb.DenseCell(decorrelation=matrix)
         f = perturb.recurrent_value_and_grad(cell, net.loss, perturb.NodePerturbation())
-        states = perturb.unroll(cell, params, net.h0, net.xs).states
+        states = perturb.unroll(cell, params, net.inputs, net.h0).states
         return f(jax.random.key(0), params, *net.data[1:])[1], update(matrix, states)
 
     grads, new = train(matrix, net.params)

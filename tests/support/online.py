@@ -1,6 +1,7 @@
 """Recurrent systems for the tests: no symmetric map, readout and cell share params."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import jax
@@ -11,12 +12,17 @@ from rbpjax import online
 
 
 class System(NamedTuple):
+    """A step, a loss and data; compared by identity, so that oracles are cached."""
+
     f: Callable
     loss: Callable
     params: dict
     h0: object
     xs: jax.Array
     ys: jax.Array
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
 
 def _normal(rng, *shape, scale=1.0):
@@ -36,6 +42,7 @@ def _system(f, params, h0, steps, rng):
     return System(f, _loss, params, h0, xs, ys)
 
 
+@cache
 def vanilla(n=3, steps=12, seed=0):
     rng = np.random.default_rng(seed)
     params = {
@@ -52,6 +59,7 @@ def vanilla(n=3, steps=12, seed=0):
     return _system(cell, params, 0.3 * _normal(rng, n), steps, rng)
 
 
+@cache
 def leaky(n=3, steps=12, seed=1, recurrent=1.0):
     """Leaky units; ``recurrent`` scales their connections."""
     system = vanilla(n, steps, seed)
@@ -65,6 +73,7 @@ def leaky(n=3, steps=12, seed=1, recurrent=1.0):
     return system._replace(f=cell)
 
 
+@cache
 def lstm(n=2, steps=12, seed=2):
     rng = np.random.default_rng(seed)
     params = {
@@ -88,6 +97,7 @@ def lstm(n=2, steps=12, seed=2):
     return _system(cell, params, h0, steps, rng)
 
 
+@cache
 def gru(n=3, steps=12, seed=3):
     """Reset before the product: one parameter reaches many units, no kernel form."""
     rng = np.random.default_rng(seed)
@@ -108,6 +118,7 @@ def gru(n=3, steps=12, seed=3):
     return _system(f, params, 0.3 * _normal(rng, n), steps, rng)
 
 
+@cache
 def gru_after(n=2, steps=12, seed=4):
     """Reset after the product: four gates, two of them with empty blocks."""
     system = gru(n, steps, seed)
@@ -131,30 +142,55 @@ def gru_after(n=2, steps=12, seed=4):
     return system._replace(f=cell)
 
 
+def signs_like(est, system, *lead, seed=7):
+    """Random signs for ``lead`` steps or runs, drawn without compiling anything."""
+    carry = jax.eval_shape(est.init, system.params, system.h0)
+    one = jax.eval_shape(est.noise, jax.random.key(0), carry)
+    rng = np.random.default_rng(seed)
+    draw = lambda s: rng.choice([-1.0, 1.0], (*lead, *s.shape)).astype(s.dtype)
+    return jax.tree.map(draw, one)
+
+
 def run(est, system, noise=None, params=None):
     """Carries (after each step) and outputs of a whole run at fixed parameters."""
     params = system.params if params is None else params
-    carry = est.init(params, system.h0)
     if noise is None:
-        keys = jax.random.split(jax.random.key(7), len(system.xs))
-        noise = jax.vmap(est.noise, (0, None))(keys, carry)
+        noise = signs_like(est, system, len(system.xs))
 
-    def body(carry, xyn):
-        carry, out = est.step(params, carry, *xyn)
-        return carry, (carry, out)
+    @jax.jit
+    def whole(params, h0, *data):
+        def body(carry, xyn):
+            carry, out = est.step(params, carry, *xyn)
+            return carry, (carry, out)
 
-    scan = jax.jit(lambda *start_and_data: jax.lax.scan(body, *start_and_data)[1])
-    return scan(carry, (system.xs, system.ys, noise))
+        return jax.lax.scan(body, est.init(params, h0), data)[1]
+
+    return whole(params, system.h0, system.xs, system.ys, noise)
+
+
+@cache
+def exact_run(system):
+    """``run`` of RTRL, whose carries hold the exact influence."""
+    return run(online.rtrl(system.f, system.loss), system)
 
 
 def enumerate_runs(est, system):
     """``run`` over all sign patterns; every leaf gets a leading pattern axis."""
-    carry = est.init(system.params, system.h0)
-    noise = est.noise(jax.random.key(0), carry)
-    patterns = online.all_signs(noise, len(system.xs))
+    noise = signs_like(est, system)
+    patterns = online.rank_one.all_signs(noise, len(system.xs))
     return jax.jit(jax.vmap(lambda signs: run(est, system, signs)))(patterns)
 
 
+def sample(est, system, runs, seed):
+    """Gradients of independent runs, and the noise that made them."""
+    carry = est.init(system.params, system.h0)
+    keys = jax.random.split(jax.random.key(seed), (runs, len(system.xs)))
+    draw = jax.vmap(jax.vmap(est.noise, (0, None)), (0, None))
+    noise = jax.jit(draw)(keys, carry)
+    return jax.jit(jax.vmap(lambda n: run(est, system, n)[1].grads))(noise), noise
+
+
+@cache
 def step_gradients(system):
     """Gradient of each step's loss through the unrolled history: the oracle."""
 
@@ -168,12 +204,16 @@ def step_gradients(system):
     return jax.jit(jax.jacrev(losses))(system.params)
 
 
-@jax.jit
 def mean(tree):
-    return jax.tree.map(lambda x: jnp.mean(x, 0), tree)
+    """The mean along the leading axis."""
+    return jax.tree.map(lambda x: np.mean(x, 0), tree)
 
 
-@jax.jit
+def total(tree):
+    """The sum along the leading axis."""
+    return jax.tree.map(lambda x: np.sum(x, 0), tree)
+
+
 def variance(tree):
     """Sum over all numbers of the variance along the leading axis."""
-    return sum(jnp.sum(jnp.var(x, 0)) for x in jax.tree.leaves(tree))
+    return sum(np.sum(np.var(x, 0)) for x in jax.tree.leaves(tree))

@@ -7,19 +7,25 @@ import jax
 import jax.numpy as jnp
 
 from rbpjax import perturb
+from rbpjax.perturb import ActivityPerturbation, NodePerturbation, WeightPerturbation
+from rbpjax.perturb.difference import Exact
+
+COUNT = 40_000
+TIGHT = 1e-12  # sums of up to 512 float64 numbers of order one
 
 
 class Network(NamedTuple):
     cell: Callable
     loss: Callable
     params: Any
+    inputs: Any
     h0: Any
-    xs: Any
-    ys: Any
+    targets: Any
 
     @property
     def data(self):
-        return self.params, self.h0, self.xs, self.ys
+        """What a step function takes, and the targets."""
+        return self.params, self.inputs, self.h0, self.targets
 
 
 def squared(out, y):
@@ -31,14 +37,14 @@ def dense(units=2, outputs=1, inputs=1, steps=3, examples=None, seed=0, cell=Non
     """A tanh network: R is not symmetric, gradients of order one."""
     cell = cell or perturb.DenseCell()
     keys = jax.random.split(jax.random.key(seed), 5)
-    params = cell.init(keys[0], inputs, units, outputs)
+    params = cell.init(keys[0], inputs=inputs, units=units, outputs=outputs)
     params["recurrent"] = params["recurrent"] + 0.5 * jnp.eye(units)[::-1]
     rows = () if examples is None else (examples,)
     # Means that are not zero: noise shared over a batch must show (see the trap test).
     xs = 0.5 + jax.random.normal(keys[1], (steps, *rows, inputs))
     ys = jax.random.normal(keys[2], (steps, *rows, outputs))
     h0 = 0.3 * jax.random.normal(keys[3], (*rows, units))
-    return Network(cell, squared, params, h0, xs, ys)
+    return Network(cell, squared, params, xs, h0, ys)
 
 
 def plain(params, x, h, noise):
@@ -70,7 +76,7 @@ def gated(units=3, steps=4, seed=1):
         return h, out, perturb.Nodes(nodes, out)
 
     xs, ys = draw(keys[5], (steps, 2)), draw(keys[6], (steps, 2))
-    return Network(cell, squared, params, 0.5 * draw(keys[7], (units,)), xs, ys)
+    return Network(cell, squared, params, xs, 0.5 * draw(keys[7], (units,)), ys)
 
 
 def silent(net):
@@ -82,24 +88,48 @@ def silent(net):
 def losses(net, params, noise, truncated=False):
     """Mean losses of all steps, in a plain loop."""
     h, made = net.h0, []
-    for t in range(len(net.ys)):
+    for t in range(len(net.targets)):
         h = jax.lax.stop_gradient(h) if truncated else h
         n = jax.tree.map(lambda a, t=t: a[t], noise)
-        h, out, _ = net.cell(params, net.xs[t], h, n)
-        made.append(jnp.mean(net.loss(out, net.ys[t])))
+        h, out, _ = net.cell(params, net.inputs[t], h, n)
+        made.append(jnp.mean(net.loss(out, net.targets[t])))
     return jnp.stack(made)
+
+
+def compiled(f):
+    """``f(static, *arrays)``, compiled once for equal ``static`` and alike arrays."""
+    fast = jax.jit(f, static_argnums=0)
+
+    def call(static, *arrays):
+        try:
+            hash(static)
+        except TypeError:  # a cell with arrays in it
+            return jax.jit(lambda *arrays: f(static, *arrays))(*arrays)
+        return fast(static, *arrays)
+
+    return call
+
+
+@compiled
+def gradients(static, data, noise):
+    """Of the loss, by parameters and by nodes, in a plain loop."""
+    cell, loss, truncated = static
+
+    def total(params, noise):
+        net = Network(cell, loss, params, *data[1:])
+        return jnp.sum(losses(net, params, noise, truncated))
+
+    return jax.grad(total, (0, 1))(data[0], noise)
 
 
 def gradient(net, truncated=False):
     """The gradient through time, or truncated to one step."""
-    total = lambda p: jnp.sum(losses(net, p, silent(net), truncated))
-    return jax.grad(total)(net.params)
+    return gradients((net.cell, net.loss, truncated), net.data, silent(net))[0]
 
 
 def node_gradient(net, truncated=False):
     """dL/da of all nodes: through time, or of each node's own step alone."""
-    total = lambda n: jnp.sum(losses(net, net.params, n, truncated))
-    return jax.grad(total)(silent(net))
+    return gradients((net.cell, net.loss, truncated), net.data, silent(net))[1]
 
 
 def table(rows):
@@ -118,18 +148,29 @@ def signs(size):
     return (1 - 2 * (bits & 1)).astype(float)
 
 
+@compiled
+def one_estimate(static, key, data):
+    """Value and gradient by ``(cell, loss, rule)``."""
+    return perturb.recurrent_value_and_grad(*static)(key, *data)
+
+
+@compiled
+def many_estimates(static, keys, data):
+    """The gradients of many keys."""
+    f = perturb.recurrent_value_and_grad(*static)
+    return jax.vmap(lambda key: f(key, *data)[1])(keys)
+
+
 def estimate(net, rule, key=None):
     """Gradient of one call."""
     key = jax.random.key(0) if key is None else key
-    f = perturb.recurrent_value_and_grad(net.cell, net.loss, rule)
-    return jax.jit(f)(key, *net.data)[1]
+    return one_estimate((net.cell, net.loss, rule), key, net.data)[1]
 
 
 def estimates(net, rule, count, seed=0):
     """Independent gradients of ``count`` keys, leaves ``[count, …]``."""
-    f = perturb.recurrent_value_and_grad(net.cell, net.loss, rule)
     keys = jax.random.split(jax.random.key(seed), count)
-    return jax.jit(jax.vmap(lambda k: f(k, *net.data)[1]))(keys)
+    return many_estimates((net.cell, net.loss, rule), keys, net.data)
 
 
 def flat(tree):
@@ -146,3 +187,46 @@ def rows_of(tree):
 def distance(a, b):
     """‖a - b‖ / ‖b‖."""
     return float(jnp.linalg.norm(flat(a) - flat(b)) / jnp.linalg.norm(flat(b)))
+
+
+def variance(samples, mean):
+    """Total variance about the true mean, and its standard error."""
+    squares = jnp.sum((rows_of(samples) - flat(mean)[None]) ** 2, axis=1)
+    return jnp.mean(squares), jnp.std(squares) / len(squares) ** 0.5
+
+
+def check_variance(samples, mean, formula):
+    """Within 5 %, and the sample large enough to tell."""
+    measured, error = variance(samples, mean)
+    assert 4 * error < 0.05 * formula
+    assert abs(measured / formula - 1) < 0.05
+
+
+def check_unbiased(samples, mean):
+    """Each entry within 5 standard errors, which are small against the gradient."""
+    rows, g = rows_of(samples), flat(mean)
+    error = rows.std(0) / len(rows) ** 0.5
+    assert jnp.max(jnp.abs(rows.mean(0) - g) / error) < 5
+    assert jnp.linalg.norm(error) < 0.1 * jnp.linalg.norm(g)
+
+
+def layer(examples=8):
+    """One linear layer, one step, a batch whose means are not zero."""
+    keys = jax.random.split(jax.random.key(5), 3)
+    cell = lambda w, x, h, n: (h, x @ w.T + n, x @ w.T + n)
+    x = 1 + jax.random.normal(keys[0], (1, examples, 3))
+    y = 1 + jax.random.normal(keys[1], (1, examples, 2))
+    w = jax.random.normal(keys[2], (2, 3))
+    return Network(cell, lambda o, y: jnp.sum((o - y) ** 2, -1), w, x, jnp.zeros(()), y)
+
+
+RULES = [
+    NodePerturbation(num_samples=2),
+    ActivityPerturbation(num_samples=2),
+    WeightPerturbation(num_samples=2),
+    WeightPerturbation(num_samples=2, every_step=True),
+]
+"""One of each kind."""
+
+ALL = dict(num_samples=512, difference=Exact(), noise=table(signs(9)))
+"""All 512 signs of nine nodes: the expectation, without chance."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.flatten_util import ravel_pytree
 
 import rbpjax
@@ -116,7 +117,9 @@ def scipy_gmres(vjp, cotangent) -> Solution:
     matvec = lambda z: jax.tree.map(jnp.subtract, z, vjp(z))
     z, _ = jax.scipy.sparse.linalg.gmres(matvec, cotangent, tol=1e-13, restart=30)
     residual = optax_norm(jax.tree.map(jnp.subtract, matvec(z), cotangent))
-    return Solution(z, jnp.int32(1), residual, residual <= 1e-10)
+    return Solution(
+        value=z, num_steps=1, residual=residual, converged=residual <= 1e-10
+    )
 
 
 def optax_norm(tree) -> jax.Array:
@@ -137,6 +140,9 @@ RULES = {
     "direct": Direct(),
     "callable": scipy_gmres,
 }
+# Those that stand for the others where a check is not run in its long form: a series, a
+# method that takes J beside Jᵀ, and the default, which has the other loops inside.
+REPRESENTATIVE = ("neumann", "cg_normal", "adaptive")
 # Rules that take ρ(J) > 1.
 ROBUST = (
     "anderson",
@@ -150,6 +156,13 @@ ROBUST = (
 )
 # Rules whose number of steps does not depend on the problem.
 FIXED_COUNT = ("neumann_steps", "direct", "callable")
+
+
+def rows(table: Any, default: Any = REPRESENTATIVE) -> list:
+    """Parameters for each name or value of a table; all but ``default`` marked full."""
+    pairs = table.items() if isinstance(table, dict) else ((n, n) for n in table)
+    mark = lambda name: () if name in default else pytest.mark.full
+    return [pytest.param(v, id=str(n), marks=mark(n)) for n, v in pairs]
 
 
 def replace(rule: Callable, **fields: Any) -> Callable:

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rbpjax.unitary import (
+from rbpjax.unitary import UnitaryCell
+from rbpjax.unitary.activation import (
     Activation,
-    UnitaryCell,
     identity,
     max_min,
     modulus,
@@ -25,12 +25,20 @@ def field(cell, seed=0):
 
 
 CELLS = {
-    "linear, complex ring": UnitaryCell((16,), activation=identity),
-    "linear, real plane, 3 channels": UnitaryCell((4, 5), 3, False, identity),
-    "modulus, complex ring": UnitaryCell((15,), activation=modulus),
-    "modulus, real ring, 2 channels": UnitaryCell((8,), 2, False, modulus),
-    "max-min, real plane, 4 channels": UnitaryCell((3, 4), 4, False, max_min),
-    "max-min, complex ring, 2 channels": UnitaryCell((8,), 2, True, max_min),
+    "linear, complex ring": UnitaryCell(lattice=(16,), activation=identity),
+    "linear, real plane, 3 channels": UnitaryCell(
+        lattice=(4, 5), channels=3, complex_valued=False, activation=identity
+    ),
+    "modulus, complex ring": UnitaryCell(lattice=(15,), activation=modulus),
+    "modulus, real ring, 2 channels": UnitaryCell(
+        lattice=(8,), channels=2, complex_valued=False, activation=modulus
+    ),
+    "max-min, real plane, 4 channels": UnitaryCell(
+        lattice=(3, 4), channels=4, complex_valued=False, activation=max_min
+    ),
+    "max-min, complex ring, 2 channels": UnitaryCell(
+        lattice=(8,), channels=2, complex_valued=True, activation=max_min
+    ),
 }
 
 
@@ -39,11 +47,28 @@ def run(cell, params, h, steps):
     return jax.lax.scan(step, h, None, steps)[0]
 
 
-@pytest.mark.parametrize("name", CELLS)
-@pytest.mark.parametrize(("dtype", "tol"), [("float64", 1e-12), ("float32", 1e-4)])
-def test_norms_of_state_and_gradient_over_1000_steps(key, name, dtype, tol):
+TOL = {"float64": 1e-12, "float32": 1e-4}
+ONCE = {
+    ("linear, complex ring", "float64"),
+    ("linear, real plane, 3 channels", "float32"),
+    ("modulus, complex ring", "float64"),
+    ("max-min, real plane, 4 channels", "float64"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(
+            name, dtype, marks=() if (name, dtype) in ONCE else pytest.mark.full
+        )
+        for name in CELLS
+        for dtype in TOL
+    ],
+)
+def test_norms_of_state_and_gradient_over_1000_steps(key, name, dtype):
     """A norm-preserving cell keeps ‖h‖ and ‖∂L/∂h₀‖ = ‖∂L/∂h_T‖ for 1,000 steps."""
-    cell = CELLS[name]
+    cell, tol = CELLS[name], TOL[dtype]
     cast = lambda x: x.astype(jnp.zeros((), dtype).real.dtype)
     weights = jax.tree.map(cast, cell.init(key, radius=1, scale=1.0))
     to = lambda z: z.astype(jnp.complex64 if jnp.iscomplexobj(z) else jnp.float32)
@@ -66,7 +91,7 @@ def test_norms_of_state_and_gradient_over_1000_steps(key, name, dtype, tol):
 
 def test_saturating_cell_loses_gradient_in_proportion_to_amplitude(key):
     """φ contracts: ‖∂L/∂h₀‖ falls with the amplitude a, roughly as 1/√(1 + T a²)."""
-    cell = UnitaryCell((64,))
+    cell = UnitaryCell(lattice=(64,))
     params = cell.prepare(cell.init(key, radius=3, scale=1.0))
     z, g = field(cell), field(cell, 1)
     kept = {}
@@ -81,7 +106,7 @@ def test_saturating_cell_loses_gradient_in_proportion_to_amplitude(key):
 
 def test_plane_wave_decays_as_a_power_law():
     """Without input 1/r_n² = 1/r₀² + n for a plane wave of amplitude r."""
-    cell = UnitaryCell((16,))
+    cell = UnitaryCell(lattice=(16,))
     params = cell.prepare(cell.init(jax.random.key(3), radius=2, scale=1.0))
     wave = jnp.array(0.5 * np.exp(2j * np.pi * 3 * np.arange(16) / 16))
     end = run(cell, params, wave, 1000)
@@ -91,7 +116,7 @@ def test_plane_wave_decays_as_a_power_law():
 
 def test_resonant_drive_is_compressed_to_its_cube_root():
     """The driven steady state obeys r/√(1-r²) - r = F, hence r ≈ (2F)^(1/3)."""
-    cell = UnitaryCell((4,))
+    cell = UnitaryCell(lattice=(4,))
     weights = cell.init(jax.random.key(0), radius=0)
     params = cell.prepare(weights._replace(kernel=jnp.zeros((1, 2))))  # U = δ
     force = 1e-4 * jnp.ones(4, complex)
@@ -136,10 +161,12 @@ def test_norm_preserving_activations_by_hand():
     chex.assert_trees_all_equal(max_min(z), jnp.array([1.0 + 0.0j, -3.0 - 2.0j]))
 
 
-@pytest.mark.parametrize("complex_valued", [True, False])
+@pytest.mark.parametrize(
+    "complex_valued", [True, pytest.param(False, marks=pytest.mark.full)]
+)
 def test_step_and_readout_by_their_formulas(key, complex_valued):
     """φ(U ⊗ Z + B x) and Re(C Z) + bias, written out with sums."""
-    cell = UnitaryCell((3, 4), 2, complex_valued)
+    cell = UnitaryCell(lattice=(3, 4), channels=2, complex_valued=complex_valued)
     weights = cell.init(key, radius=1, inputs=5, outputs=6, scale=1.0)
     weights = weights._replace(bias=jnp.arange(6.0))
     params, h = cell.prepare(weights), field(cell)
@@ -158,7 +185,7 @@ def test_step_and_readout_by_their_formulas(key, complex_valued):
 
 def test_inputs_may_be_fields(key):
     """Without an encoder the input is the drive itself, and None is no drive."""
-    cell = UnitaryCell((6,), activation=identity)
+    cell = UnitaryCell(lattice=(6,), activation=identity)
     params, h = cell.prepare(cell.init(key, radius=1)), field(cell)
     drive = jnp.arange(6.0)
     got = cell(params, drive, h) - cell(params, None, h)
@@ -169,7 +196,9 @@ def test_inputs_may_be_fields(key):
 @pytest.mark.parametrize("complex_valued", [True, False])
 def test_inverse_undoes_the_step(key, activation, complex_valued):
     """inverse(params, x, f(params, x, h)) = h."""
-    cell = UnitaryCell((4, 3), 2, complex_valued, activation)
+    cell = UnitaryCell(
+        lattice=(4, 3), channels=2, complex_valued=complex_valued, activation=activation
+    )
     params = cell.prepare(cell.init(key, radius=1, inputs=3, scale=1.0))
     h, x = field(cell), jnp.array([0.5, -1.0, 2.0])
     back = cell.inverse(params, x, cell(params, x, h))
@@ -179,7 +208,7 @@ def test_inverse_undoes_the_step(key, activation, complex_valued):
 
 def test_cell_commutes_with_shifts(key):
     """Shifted state and drive give the shifted next state, nonlinearity included."""
-    cell = UnitaryCell((4, 5), 2)
+    cell = UnitaryCell(lattice=(4, 5), channels=2)
     params = cell.prepare(cell.init(key, radius=1, scale=1.0))
     h, x = field(cell), field(cell, 1)
     shift = lambda z: jnp.roll(z, (1, 2), (0, 1))
@@ -191,9 +220,9 @@ def test_cell_commutes_with_shifts(key):
 def test_rms_rotation_angle_is_the_scale(key):
     """init's `scale` is the rms eigenvalue of Â, over √2 for real cells."""
     for cell, expected in [
-        (UnitaryCell((4096,)), 0.1),
-        (UnitaryCell((4096,), None, False), 0.1 / np.sqrt(2)),
-        (UnitaryCell((16,), 8), 0.1),
+        (UnitaryCell(lattice=(4096,)), 0.1),
+        (UnitaryCell(lattice=(4096,), complex_valued=False), 0.1 / np.sqrt(2)),
+        (UnitaryCell(lattice=(16,), channels=8), 0.1),
     ]:
         radius = 2048 if cell.channels is None else 2
         weights = cell.init(key, radius=radius, scale=0.1)
@@ -206,7 +235,7 @@ def test_rms_rotation_angle_is_the_scale(key):
 
 def test_exponential_is_outside_the_scan(key):
     """prepare is not repeated: the step contains no eigh, no cosine."""
-    for cell in (UnitaryCell((8,)), UnitaryCell((8,), 2)):
+    for cell in (UnitaryCell(lattice=(8,)), UnitaryCell(lattice=(8,), channels=2)):
         params = cell.prepare(cell.init(key, radius=1))
         step = str(jax.make_jaxpr(cell)(params, None, field(cell)))
         assert "eigh" not in step
@@ -218,12 +247,14 @@ def test_exponential_is_outside_the_scan(key):
 def test_bad_cells_are_refused(key):
     """Static fields, missing inverses and read-outs are named."""
     with pytest.raises(ValueError, match="tuple of one to three"):
-        UnitaryCell((2, 2, 2, 2))
-    with pytest.raises(ValueError, match="`lattice` must be a Python int"):
-        UnitaryCell((2, 2.0))
+        UnitaryCell(lattice=(2, 2, 2, 2))
+    with pytest.raises(
+        ValueError, match="`lattice` must be a tuple of one to three Python ints"
+    ):
+        UnitaryCell(lattice=(2, 2.0))
     with pytest.raises(ValueError, match="`channels`"):
-        UnitaryCell((2,), 0)
-    cell = UnitaryCell((4,), 3, activation=max_min)
+        UnitaryCell(lattice=(2,), channels=0)
+    cell = UnitaryCell(lattice=(4,), channels=3, activation=max_min)
     params = cell.prepare(cell.init(key, radius=1))
     with pytest.raises(ValueError, match="must be even"):
         cell(params, None, field(cell))
@@ -237,11 +268,11 @@ def test_bad_cells_are_refused(key):
 
 def test_strategies_compare_by_value_and_take_new_activations():
     """Equal cells are equal and hash alike; an Activation can be anyone's."""
-    assert UnitaryCell((4,)) == UnitaryCell((4,))
-    assert hash(UnitaryCell((4,))) == hash(UnitaryCell((4,)))
-    assert UnitaryCell((4,)) != UnitaryCell((4,), activation=modulus)
-    tanh = Activation(jnp.tanh, jnp.arctanh)
-    cell = UnitaryCell((4,), None, False, tanh)
+    assert UnitaryCell(lattice=(4,)) == UnitaryCell(lattice=(4,))
+    assert hash(UnitaryCell(lattice=(4,))) == hash(UnitaryCell(lattice=(4,)))
+    assert UnitaryCell(lattice=(4,)) != UnitaryCell(lattice=(4,), activation=modulus)
+    tanh = Activation(apply=jnp.tanh, inverse=jnp.arctanh)
+    cell = UnitaryCell(lattice=(4,), complex_valued=False, activation=tanh)
     params = cell.prepare(cell.init(jax.random.key(0), radius=1))
     h = field(cell)
     back = cell.inverse(params, None, cell(params, None, h))

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from rbpjax._core import sharding, tree
-from rbpjax.fixed_point.backward.cg_normal import refine
-from rbpjax.fixed_point.backward.neumann import begin, ratio, resolved
-from rbpjax.types import (
-    LinearMap,
-    PyTree,
-    Solution,
-    check_count,
-    check_real,
-    strategy,
-)
+from rbpjax._core.strategy import count, strategy, tolerance
+from rbpjax.fixed_point.backward.rule import Progress, System, ratio
+from rbpjax.types import LinearMap, PyTree, Solution
 
 
 @strategy
@@ -31,20 +26,22 @@ class CG:
     true residual, measured when the recurrence believes to be done; the iteration
     restarts on what is left, as in ``CGNormal``.
 
-    Cost: one VJP a step, one more a restart; memory: five states.
+    Cost: one VJP a step, one more a restart; memory: five states. AD modes: none
+    of its own.
 
     Attributes:
+      tol: bound on the relative adjoint residual ‖g + Jᵀz - z‖ / ‖g‖, in [0, 1).
+        ``None``: three quarters of the digits of the coarsest dtype in the state.
       max_steps: budget of steps over all restarts.
-      tol: bound on the relative adjoint residual ‖g + Jᵀz - z‖ / ‖g‖. ``None``: three
-        quarters of the digits of the coarsest dtype in the state.
 
     Raises:
-      ValueError: if a field is out of its range or not a Python number.
+      ValueError: if an option is out of its range or not a Python number.
 
     Example:
       >>> import jax.numpy as jnp
+      >>> from rbpjax import CG
       >>> jac = jnp.array([[0.5, 0.3], [0.3, -2.0]])  # symmetric, ρ(J) > 1
-      >>> solution = CG(tol=1e-12)(lambda v: jac @ v, jnp.array([1.0, 0.0]))
+      >>> solution = CG()(lambda v: jac @ v, jnp.array([1.0, 0.0]))
       >>> bool(solution.converged), int(solution.num_steps)  # two eigenvalues
       (True, 2)
 
@@ -53,51 +50,51 @@ class CG:
       J. Res. Nat. Bur. Standards 49, 1952.
     """
 
-    max_steps: int = 1000
-    tol: float | None = None
-
-    def __post_init__(self) -> None:
-        """Validates the fields."""
-        check_count(self, "max_steps", self.max_steps, 1)
-        if self.tol is not None:
-            check_real(self, "tol", self.tol)
+    tol: float | None = tolerance(default=None)
+    max_steps: int = count(default=1000)
 
     def __call__(
-        self, vjp: LinearMap, cotangent: PyTree, start: PyTree | None = None
+        self, vjp: LinearMap, cotangent: PyTree, *, start: PyTree | None = None
     ) -> Solution:
         """Solves (I - Jᵀ) z = g."""
-        g, size = tree.to_unit(cotangent)
-        tol = tree.default_tol(g) if self.tol is None else self.tol
-        apply = lambda z: tree.sub(z, vjp(z))
+        system = System.of(vjp, cotangent, self.tol)
 
-        def inner(z: PyTree, r: PyTree, k: jax.Array) -> tuple:
+        def one_pass(old: Progress) -> Progress:
             """One pass from z, whose residual is r."""
 
-            def unfinished(carry: tuple) -> jax.Array:
-                *_, square, curvature, k = carry
+            def unfinished(now: _State) -> jax.Array:
                 # Curvature that is not positive: J is not what it must be.
-                live = (curvature > 0) & jnp.isfinite(square)
-                return (square > (tol / 2) ** 2) & (k < self.max_steps) & live
+                live = (now.curvature > 0) & jnp.isfinite(now.square)
+                more = (now.square > (system.tol / 2) ** 2) & (now.k < self.max_steps)
+                return more & live
 
-            def body(carry: tuple) -> tuple:
-                z, r, p, square, _, k = carry
-                q = apply(p)
-                curvature = tree.vdot(p, q)
-                alpha = ratio(square, curvature)
-                z, r = tree.axpy(alpha, p, z), tree.axpy(-alpha, q, r)
-                new = tree.vdot(r, r)
-                p = tree.axpy(new / square, p, r)
-                return z, r, p, new, curvature, k + 1
+            def body(now: _State) -> _State:
+                q = system.apply(now.p)
+                curvature = tree.vdot(now.p, q)
+                alpha = ratio(now.square, curvature)
+                z = tree.axpy(alpha, now.p, now.z)
+                r = tree.axpy(-alpha, q, now.r)
+                square = tree.vdot(r, r)
+                p = tree.axpy(square / now.square, now.p, r)
+                return _State(z, r, p, square, curvature, now.k + 1)
 
+            z, r, k = old.z, old.r, old.num_steps
             one = sharding.vary_like(jnp.ones((), tree.real_dtype(r)), r)
-            carry = (z, r, r, tree.vdot(r, r), one, k)
-            z, *_, k = lax.while_loop(unfinished, body, carry)
-            return z, k
+            first = _State(z, r, r, tree.vdot(r, r), one, k)
+            end = lax.while_loop(unfinished, body, first)
+            products = old.num_products + end.k - k
+            return old._replace(z=end.z, num_steps=end.k, num_products=products)
 
-        def measure(z: PyTree) -> tuple[PyTree, jax.Array]:
-            r = tree.sub(g, apply(z))
-            return r, jnp.where(resolved(z, tol), tree.norm(r), jnp.inf)
+        end = system.restarted(one_pass, system.begin(start), self.max_steps)
+        return system.refined(end, self.max_steps)
 
-        first = begin(vjp, g, start)
-        z, r, k, now = refine(inner, measure, first, tol, self.max_steps)
-        return Solution(tree.scale(size, z), k, tree.norm(r), now <= tol)
+
+class _State(NamedTuple):
+    """Of the loop: iterate, residual, direction, ‖r‖², ⟨p, (I - Jᵀ)p⟩, steps so far."""
+
+    z: PyTree
+    r: PyTree
+    p: PyTree
+    square: jax.Array
+    curvature: jax.Array
+    k: jax.Array

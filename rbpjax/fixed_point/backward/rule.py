@@ -1,46 +1,250 @@
-"""What all rules share."""
+"""The frame of all rules: (I - Jᵀ) z = g with a right-hand side of unit norm.
+
+A rule is called as ``rule(vjp, cotangent, start=None)`` with ``vjp(v)`` = Jᵀv, and
+returns a ``Solution`` whose residual ‖g + Jᵀz - z‖ / ‖g‖ was measured with the very z
+returned. Each rule of this folder is one method in this frame::
+
+    system = System.of(vjp, cotangent, self.tol)       # g / ‖g‖, and the tolerance
+    begin = system.begin(start)                        # z = 0, or from an earlier z
+    end = self.advance(system, begin)                  # the method
+    return system.measured(end, self.max_steps)        # the true residual, ‖g‖ z
+
+Since g is brought to unit norm, tolerances are relative to the cotangent, and float32
+keeps gradients of any magnitude that it can represent. Methods that carry a recurrence
+for the residual run inside ``System.restarted``.
+"""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 
-from rbpjax._core.step import check_like
-from rbpjax.types import BackwardRule, LinearMap, PyTree, Solution
+from rbpjax._core import sharding, tree
+from rbpjax._core.convolution import channels_last
+from rbpjax.fixed_point.iterate import (
+    check_solution,
+    first_parameter,
+    repeat,
+    status_of,
+)
+from rbpjax.types import BackwardRule, LinearMap, PyTree, Solution, Status
+
+
+class Progress(NamedTuple):
+    """How far a rule has come, for a right-hand side of unit norm.
+
+    Attributes:
+      z: the iterate.
+      r: its residual g + Jᵀz - z.
+      num_steps: steps so far.
+      num_products: products with J or Jᵀ so far.
+      error: what the tolerance bounds, mostly ‖r‖.
+      refused: whether rounding hides how good a better-looking iterate was.
+    """
+
+    z: PyTree
+    r: PyTree
+    num_steps: jax.Array
+    num_products: jax.Array
+    error: jax.Array
+    refused: jax.Array
+
+
+class System(NamedTuple):
+    """The equation (I - Jᵀ) z = g for a g of unit norm.
+
+    Attributes:
+      vjp: v ↦ Jᵀv.
+      g: the cotangent divided by its norm; zero if that is zero.
+      size: the norm.
+      tol: bound on the residual.
+    """
+
+    vjp: LinearMap
+    g: PyTree
+    size: jax.Array
+    tol: float | jax.Array
+
+    @classmethod
+    def of(cls, vjp: LinearMap, cotangent: PyTree, tol: float | None) -> System:
+        """The system of a cotangent of any magnitude; ``None``: the default tol."""
+        g, size = tree.to_unit(cotangent)
+        return cls(vjp, g, size, tree.default_tol(g) if tol is None else tol)
+
+    def apply(self, z: PyTree) -> PyTree:
+        """(I - Jᵀ) z."""
+        return tree.sub(z, self.vjp(z))
+
+    def residual(self, z: PyTree) -> PyTree:
+        """The residual g - (I - Jᵀ) z."""
+        return tree.sub(self.g, self.apply(z))
+
+    def resolved(self, z: PyTree) -> jax.Array:
+        """Whether the residual of z means anything.
+
+        Rounding alone leaves an error of ε‖z‖ in it. A singular I - J lets z grow until
+        g is lost in that rounding, and the residual, then, looks like zero.
+        """
+        return tree.coarsest_eps(z) * tree.norm(z) <= self.tol**0.5
+
+    def begin(self, start: PyTree | None) -> Progress:
+        """Where a rule begins: z = 0, or the best multiple of ``start``, by one VJP.
+
+        Best is the least residual ‖g - a (I - Jᵀ) start‖, so that the start's
+        magnitude, in the units of an earlier loss, does not matter, and no start is
+        worse than none: one that is zero, not finite or at a right angle leaves z = 0.
+        """
+        g = self.g
+        zero, k = tree.scale(0.0, g), sharding.vary_like(jnp.int32(0), g)
+        never = sharding.vary_like(jnp.array(False), g)
+        if start is None:
+            return Progress(zero, g, k, k, tree.norm(g), never)
+        unit = tree.to_unit(sharding.typed_like(start, g))[0]
+        image = self.apply(unit)
+        a = ratio(tree.vdot(image, g), tree.vdot(image, image))
+        usable = jnp.isfinite(a)
+        z = tree.where(usable, tree.scale(a, unit), zero)
+        r = tree.where(usable, tree.axpy(-a, image, g), g)
+        return Progress(z, r, k, k + 1, tree.norm(r), never)
+
+    def measured(self, end: Progress, max_steps: int | None) -> Solution:
+        """The solution for the cotangent itself, with the residual measured at z.
+
+        One VJP, which the compiler removes when nobody reads the report. ``max_steps``:
+        the budget, or None if the rule took as many steps as it was told to.
+        """
+        residual = tree.norm(tree.sub(tree.add(self.g, self.vjp(end.z)), end.z))
+        exhausted = True if max_steps is None else end.num_steps >= max_steps
+        resolved = self.resolved(end.z)
+        status = status_of(residual, self.tol, exhausted, resolved)
+        return self._solution(end, end.num_products + 1, residual, status)
+
+    def restarted(
+        self,
+        one_pass: Callable[[Progress], Progress],
+        start: Progress,
+        max_steps: int,
+        error: Callable[[PyTree, PyTree], jax.Array] = lambda z, r: tree.norm(r),
+        error_products: int = 0,
+        *,
+        stalled: float = 0.5,
+    ) -> Progress:
+        """Passes of a method, each from the true residual, until that meets ``tol``.
+
+        A pass runs until its own recurrence believes to be done; then the residual is
+        measured, and the next one starts on what is left. A recurrence that drifted,
+        broke down or stagnated is found out there, and a pass that made things worse is
+        undone. Ends with the tolerance, the budget, or a pass that leaves more than
+        ``stalled`` times the error. A pass should aim at half of the tolerance, the
+        other half is for rounding; of the ``Progress`` that it returns r and error are
+        not read. ``error(z, r)`` is what ``tol`` bounds; it takes ``error_products``.
+        """
+
+        def unsolved(passes: tuple[Progress, jax.Array]) -> jax.Array:
+            now, before = passes
+            gained = now.error <= stalled * before
+            return (now.error > self.tol) & gained & (now.num_steps < max_steps)
+
+        def body(passes: tuple[Progress, jax.Array]) -> tuple[Progress, jax.Array]:
+            old, _ = passes
+            new = one_pass(old)
+            r = self.residual(new.z)
+            size = error(new.z, r)
+            resolved = self.resolved(new.z)
+            found = jnp.where(resolved, size, jnp.inf)
+            better = found < old.error  # False for NaN
+            return (
+                Progress(
+                    tree.where(better, new.z, old.z),
+                    tree.where(better, r, old.r),
+                    new.num_steps,
+                    new.num_products + 1 + error_products,
+                    jnp.where(better, found, old.error),
+                    ~resolved & (size <= self.tol),
+                ),
+                old.error,
+            )
+
+        infinity = jnp.full_like(start.error, jnp.inf)
+        infinity = sharding.vary_like(infinity, start.r)
+        return lax.while_loop(unsolved, body, (start, infinity))[0]
+
+    def refined(self, end: Progress, max_steps: int) -> Solution:
+        """The solution for the cotangent itself, of what ``restarted`` measured."""
+        residual = tree.norm(end.r)
+        small = jnp.where(end.refused, 0, end.error)
+        exhausted = end.num_steps >= max_steps
+        status = status_of(small, self.tol, exhausted, ~end.refused)
+        return self._solution(end, end.num_products, residual, status)
+
+    def _solution(
+        self,
+        end: Progress,
+        num_products: jax.Array,
+        residual: jax.Array,
+        status: jax.Array,
+    ) -> Solution:
+        z = tree.scale(self.size, end.z)
+        converged = status == Status.CONVERGED
+        return Solution(z, end.num_steps, num_products, residual, status, converged)
+
+
+def ratio(a: jax.Array, b: jax.Array) -> jax.Array:
+    """``a / b``, and 0 where b = 0."""
+    return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
+
+
+def add_terms(
+    product: LinearMap, z: PyTree, r: PyTree, num_terms: int | jax.Array
+) -> tuple[PyTree, PyTree]:
+    """``z`` plus Σ Bᵏ r over k < ``num_terms``, and the next term, B^num_terms r.
+
+    ``product`` is v ↦ Bv. By Horner's scheme, y ← B (r + y): one state to carry, its
+    sum fused into the product, where terms added one by one take a pass over the sum
+    and a copy more. The term is the last difference of two y, so that its rounding
+    errors are those of this sum, not of z: where more is to come, they are corrected.
+    """
+    zero = tree.scale(0.0, r)
+    y = repeat(lambda y: product(tree.add(r, y)), num_terms - 1, zero)
+    total = tree.add(r, y)
+    return tree.add(z, total), tree.sub(product(total), y)
 
 
 def apply_rule(
     rule: BackwardRule, vjp: LinearMap, cotangent: PyTree, start: PyTree | None = None
 ) -> Solution:
     """``rule(vjp, cotangent)``, checked to be a solution like the cotangent."""
+    check_rule(rule)
     if start is not None and not takes_start(rule):
         raise ValueError(
             f"the backward rule {rule!r} takes no start: to go on from an earlier "
             "adjoint, as of a probe, it must be callable as rule(vjp, cotangent, "
-            "start). Add the argument, or give no adjoint to start from."
+            "start=z). Add the keyword, or give no adjoint to start from."
         )
-    arguments = (vjp, cotangent) if start is None else (vjp, cotangent, start)
-    solution = rule(*arguments)
+    options = {} if start is None else {"start": start}
+    solution = rule(channels_last(vjp, cotangent), cotangent, **options)
     return check_solution(solution, cotangent, f"the backward rule {rule!r}")
 
 
+def check_rule(rule: BackwardRule) -> None:
+    """Raises ValueError where a forward solver stands in a rule's place."""
+    if first_parameter(rule) == "step":
+        raise ValueError(
+            f"{rule!r} is a forward solver, called as solver(step, h0); a backward "
+            "rule is called as rule(vjp, cotangent). A solver solves the adjoint "
+            f"equation inside RBP: RBP({rule!r})."
+        )
+
+
 def takes_start(rule: BackwardRule) -> bool:
-    """Whether the rule can be called with a start as third argument."""
+    """Whether the rule can be called with the keyword ``start``."""
     try:
-        inspect.signature(rule).bind(None, None, None)
+        inspect.signature(rule).bind(None, None, start=None)
     except TypeError:
         return False
     return True
-
-
-def check_solution(solution: object, like: PyTree, source: str) -> Solution:
-    """``solution`` with array fields, or ValueError if it is not one for ``like``."""
-    if not isinstance(solution, Solution):
-        raise ValueError(
-            f"{source} must return rbpjax.Solution(value, num_steps, residual, "
-            f"converged); got {type(solution).__name__}."
-        )
-    check_like(solution.value, like, f"the value returned by {source}", "the start")
-    value, *diagnostics = solution
-    return Solution(value, *map(jnp.asarray, diagnostics))

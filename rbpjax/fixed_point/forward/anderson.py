@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from rbpjax._core import sharding, tree
-from rbpjax.fixed_point.forward.iteration import relative_change
-from rbpjax.types import PyTree, Solution, check_count, check_real, strategy
+from rbpjax._core.strategy import count, real, strategy, tolerance
+from rbpjax.fixed_point.iterate import Best, relative_change
+from rbpjax.types import PyTree, Solution
 
 
 @strategy
@@ -32,21 +34,23 @@ class Anderson:
 
     Cost: one evaluation of f a step and 4 · memory · n multiplications; one row of the
     Gram matrix is new in a step. Memory: 2 · memory + 8 states. The coefficients are
-    common to the whole state; under ``jax.vmap`` each example has its own.
+    common to the whole state; under ``jax.vmap`` each example has its own. AD modes:
+    none of its own; ``rbp_solve`` gives its gradient.
 
     Attributes:
-      memory: number of differences kept.
-      max_steps: budget of steps.
       tol: bound on the relative residual, as in ``FixedPointIteration``.
+      max_steps: budget of steps.
+      memory: number of differences kept.
       damping: 1 - β, in [0, 1).
       ridge: relative to the diagonal of the unit-length Gram matrix. ``None``: ten
         times the machine epsilon of the computation.
 
     Raises:
-      ValueError: if a field is out of its range or not a Python number.
+      ValueError: if an option is out of its range or not a Python number.
 
     Example:
       >>> import jax.numpy as jnp
+      >>> from rbpjax import Anderson
       >>> solution = Anderson()(lambda h: -1.5 * jnp.sin(h) + 1, jnp.ones(2))
       >>> bool(solution.converged)  # the plain iteration diverges
       True
@@ -56,78 +60,76 @@ class Anderson:
       on Numerical Analysis 49, 2011, equation 2.2 (unconstrained form).
     """
 
-    memory: int = 5
-    max_steps: int = 500
-    tol: float | None = None
-    damping: float = 0.0
-    ridge: float | None = None
-
-    def __post_init__(self) -> None:
-        """Validates the fields."""
-        check_count(self, "memory", self.memory, 1)
-        check_count(self, "max_steps", self.max_steps, 1)
-        check_real(self, "damping", self.damping, below=1.0)
-        for name in ("tol", "ridge"):
-            if getattr(self, name) is not None:
-                check_real(self, name, getattr(self, name))
+    tol: float | None = tolerance(default=None)
+    max_steps: int = count(default=500)
+    memory: int = count(default=5)
+    damping: float = real(default=0.0, below=1.0)
+    ridge: float | None = real(default=None)
 
     def __call__(self, step: Callable[[PyTree], PyTree], h0: PyTree) -> Solution:
         """Solves h = step(h) from ``h0``."""
         tol = tree.default_tol(h0) if self.tol is None else self.tol
         dtype = tree.real_dtype(h0)
-        eps = float(jnp.finfo(dtype).eps)
-        ridge = 10 * eps if self.ridge is None else self.ridge
+        ridge = 10 * float(jnp.finfo(dtype).eps) if self.ridge is None else self.ridge
         beta, m = 1.0 - self.damping, self.memory
 
-        def unfinished(carry: tuple) -> jax.Array:
-            *_, k, _, best, residual = carry
-            sane = (residual <= best * eps**-0.5) | (k == 0)  # False for NaN
-            return (best > tol) & (k <= self.max_steps) & sane
+        def unfinished(now: _State) -> jax.Array:
+            return now.best.unfinished(now.k, tol, self.max_steps)
 
-        def body(carry: tuple) -> tuple:
-            h, mixed_old, r_old, rows, gram, h_best, k, k_best, best, _ = carry
-            image = step(h)
-            residual = relative_change(image, h)
-            r = tree.sub(image, h)
-            mixed = image if beta == 1.0 else tree.axpy(beta, r, h)
+        def body(now: _State) -> _State:
+            image = step(now.h)
+            residual = relative_change(image, now.h)
+            r = tree.sub(image, now.h)
+            mixed = image if beta == 1.0 else tree.axpy(beta, r, now.h)
             # The newest differences replace the oldest; in the first step there is
             # none, and a row of zeros stands for it.
-            at = k % m
-            newest = (tree.sub(mixed, mixed_old), tree.sub(r, r_old))
-            newest = tree.where(k == 0, tree.scale(0.0, newest), newest)
-            rows = tree.put(rows, at, newest)
+            at = now.k % m
+            newest = _Pair(tree.sub(mixed, now.last.mixed), tree.sub(r, now.last.r))
+            newest = tree.where(now.k == 0, tree.scale(0.0, newest), newest)
+            rows = tree.put(now.rows, at, newest)
             # Sums here: a product of matrix and vector makes XLA copy the rows.
-            products = jax.vmap(lambda row: tree.vdot(row, newest[1]))(rows[1])
-            gram = gram.at[at].set(products).at[:, at].set(products)
-            target = jax.vmap(lambda row: tree.vdot(row, r))(rows[1])
+            products = jax.vmap(lambda row: tree.vdot(row, newest.r))(rows.r)
+            gram = now.gram.at[at].set(products).at[:, at].set(products)
+            target = jax.vmap(lambda row: tree.vdot(row, r))(rows.r)
             gamma = regularized_solve(gram, target, ridge)
-            h_next = mixed
+            h = mixed
             for i in range(m):  # one pass over the rows, where a product takes two
-                h_next = tree.axpy(-gamma[i], tree.take(rows[0], i), h_next)
-            better = residual < best
-            return (
-                h_next,
-                mixed,
-                r,
-                rows,
-                gram,
-                tree.where(better, h, h_best),
-                k + 1,
-                jnp.where(better, k, k_best),
-                jnp.where(better, residual, best),
-                residual,
-            )
+                h = tree.axpy(-gamma[i], tree.take(rows.mixed, i), h)
+            best = now.best.updated(now.h, now.k, residual)
+            return _State(h, _Pair(mixed, r), rows, gram, now.k + 1, best)
 
+        best = Best.none(h0)
         history = tree.empty_rows(m, h0)
-        k = sharding.vary_like(jnp.int32(0), h0)
-        infinity = sharding.vary_like(jnp.array(jnp.inf, dtype), h0)
         gram = sharding.vary_like(jnp.zeros((m, m), dtype), h0)
-        rows = (history, history)  # of Δ(H + βR), and of ΔR
-        zero = tree.scale(0.0, h0)
-        carry = (h0, h0, zero, rows, gram, h0, k, k, infinity, infinity)
-        carry = lax.while_loop(unfinished, body, carry)
-        *_, value, _, steps, residual, _ = carry
-        return Solution(value, steps, residual, residual <= tol)
+        last, rows = _Pair(h0, tree.scale(0.0, h0)), _Pair(history, history)
+        start = _State(h0, last, rows, gram, best.num_steps, best)
+        end = lax.while_loop(unfinished, body, start)
+        return end.best.solution(end.k, tol, exhausted=end.k > self.max_steps)
+
+
+class _Pair(NamedTuple):
+    """The damped step H + βR and the residual R of an iterate, or differences of both.
+
+    Stacked along a first axis, they are the rows that are kept.
+    """
+
+    mixed: PyTree
+    r: PyTree
+
+
+class _State(NamedTuple):
+    """What the loop carries.
+
+    The iterate, what the last one led to, the differences kept, the Gram matrix of
+    those of R, the evaluations so far, and the best iterate.
+    """
+
+    h: PyTree
+    last: _Pair
+    rows: _Pair
+    gram: jax.Array
+    k: jax.Array
+    best: Best
 
 
 def regularized_solve(gram: jax.Array, target: jax.Array, ridge: float) -> jax.Array:

@@ -1,84 +1,18 @@
-"""Forward solvers: find h* with h* = step(h*)."""
+"""Plain iteration, damped or not: h ← f(h)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rbpjax._core import sharding, tree
-from rbpjax.types import PyTree, Solution, check_count, check_real, strategy
-
-
-def relative_change(new: PyTree, old: PyTree) -> jax.Array:
-    """‖new - old‖ / max(‖new‖, ‖old‖), and zero where both vanish.
-
-    Plain sums of squares where they can be represented, which is nearly always: one
-    pass over the states. Where states are tiny or huge, they are scaled by a power of
-    two first, without rounding. Under ``vmap`` both are computed.
-    """
-    difference, squares = _squares(1.0, new, old)
-    # Squares that count must be normal numbers, and so must their products with ε².
-    info = jnp.finfo(squares.dtype)
-    low, high = float(info.tiny) / float(info.eps) ** 2, float(info.max) / 8
-    huge = squares >= high
-    # Powers that bring a sum below `low` near the largest number, and the largest
-    # entry to where as many of them as one likes can be summed.
-    up = 2.0 ** ((math.log2(high) - math.log2(low)) // 2)
-    down = 2.0 ** (-5 * info.maxexp // 8)
-    scale = jnp.where(huge, down, up).astype(squares.dtype)
-    difference, squares = lax.cond(
-        huge | (squares <= low),
-        _squares,
-        lambda *_: (difference, squares),
-        scale,
-        new,
-        old,
-    )
-    return jnp.sqrt(difference / jnp.where(squares == 0, 1, squares))
-
-
-def _squares(scale: jax.Array | float, new: PyTree, old: PyTree) -> tuple:
-    """‖new - old‖² and max(‖new‖², ‖old‖²) of the scaled states."""
-    change = tree.scale(scale, tree.sub(new, old))
-    new, old = tree.scale(scale, new), tree.scale(scale, old)
-    squares = jnp.maximum(tree.vdot(new, new), tree.vdot(old, old))
-    return tree.vdot(change, change), squares
-
-
-def repeat(update: Callable, times: int | jax.Array, carry: tuple) -> tuple:
-    """``update`` applied ``times`` times, without a loop for once or not at all."""
-    if isinstance(times, int) and times <= 1:
-        return update(carry) if times == 1 else carry
-    zero = sharding.vary_like(jnp.int32(0), (times, carry))
-    times = sharding.vary_like(jnp.int32(times), (times, carry))
-    return lax.fori_loop(zero, times, lambda _, c: update(c), carry)
-
-
-def next_look(
-    every: int | None,
-    k: jax.Array,
-    since: int | jax.Array,
-    residual: jax.Array,
-    before: jax.Array,
-    tol: float,
-) -> int | jax.Array:
-    """Number of steps, after ``k`` of them, to the next look at the residual.
-
-    That is ``every``, or, if ``None``, three quarters of the way to the tolerance at
-    the rate of the last ``since`` steps, in which the residual fell from ``before``:
-    every step in a divergence and near the end, and never more than ``k``, so that a
-    rate that misleads can at most double the steps.
-    """
-    if every is not None:
-        return every
-    fallen, to_fall = jnp.log(residual / before), jnp.log(tol / residual)
-    ahead = 0.75 * to_fall / fallen * jnp.asarray(since).astype(residual.dtype)
-    most = k.astype(residual.dtype)
-    return jnp.where(ahead >= 1, jnp.minimum(ahead, most), 1).astype(k.dtype)
+from rbpjax._core import tree
+from rbpjax._core.strategy import count, real, strategy, tolerance
+from rbpjax.fixed_point.iterate import Best, next_look, relative_change, repeat
+from rbpjax.types import PyTree, Solution
 
 
 @strategy
@@ -93,18 +27,18 @@ class FixedPointIteration:
     and one evaluation of f more to know its residual. Divergence (a residual that is
     not finite, or 1/√ε times the best seen) stops the loop.
 
-    Cost: one evaluation of f a step; memory: three states. Not differentiable by
-    reverse mode on its own; ``rbp_solve`` gives its gradient.
+    Cost: one evaluation of f a step; memory: three states. AD modes: none of its own
+    (its loop is a ``while_loop``); ``rbp_solve`` gives its gradient.
 
     Attributes:
+      tol: bound on the relative residual ‖f(h) - h‖ / max(‖h‖, ‖f(h)‖), in [0, 1).
+        ``None`` asks for three quarters of the digits of the coarsest dtype in the
+        state (6e-6 in float32, 2e-12 in float64).
       max_steps: budget of steps.
-      tol: bound on the relative residual ‖f(h) - h‖ / max(‖h‖, ‖f(h)‖). ``None`` asks
-        for three quarters of the digits of the coarsest dtype in the state (6e-6 in
-        float32, 2e-12 in float64).
-      damping: weight of the old iterate, in [0, 1).
       steps: if given, take exactly this many steps and return the last iterate,
         whatever its residual, which is still reported (``converged`` compares it with
         the default tolerance); excludes ``tol``.
+      damping: weight of the old iterate, in [0, 1).
       check_every: look at the residual after every so many steps, and use the budget in
         whole multiples. ``None``: rarely while it is far from the tolerance at the rate
         so far, about log(num_steps) times in all, and never later than after twice the
@@ -112,36 +46,26 @@ class FixedPointIteration:
         collective.
 
     Raises:
-      ValueError: if a field is out of its range or not a Python number.
+      ValueError: if an option is out of its range or not a Python number.
 
     Example:
       >>> import jax.numpy as jnp
+      >>> from rbpjax import FixedPointIteration
+      >>> jnp.set_printoptions(precision=4, suppress=True)
       >>> solution = FixedPointIteration()(lambda h: 0.5 * jnp.cos(h), jnp.ones(2))
-      >>> bool(solution.converged), bool(solution.residual < 1e-11)
-      (True, True)
+      >>> print(solution.converged, solution.value)
+      True [0.4502 0.4502]
+
+    References:
+      Banach's iteration; Kelley, "Iterative Methods for Linear and Nonlinear
+      Equations", SIAM 1995, section 4.2.
     """
 
-    max_steps: int = 1000
-    tol: float | None = None
-    damping: float = 0.0
-    steps: int | None = None
-    check_every: int | None = None
-
-    def __post_init__(self) -> None:
-        """Validates the fields."""
-        check_count(self, "max_steps", self.max_steps, 1)
-        check_real(self, "damping", self.damping, below=1.0)
-        if self.check_every is not None:
-            check_count(self, "check_every", self.check_every, 1)
-        if self.tol is not None:
-            check_real(self, "tol", self.tol)
-        if self.steps is not None:
-            check_count(self, "steps", self.steps, 0)
-            if self.tol is not None:
-                raise ValueError(
-                    "FixedPointIteration: give `steps` (an exact count) or `tol` (an "
-                    f"accuracy), not both; got steps={self.steps}, tol={self.tol}."
-                )
+    tol: float | None = tolerance(default=None)
+    max_steps: int = count(default=1000)
+    steps: int | None = count(default=None, minimum=0, excludes="tol")
+    damping: float = real(default=0.0, below=1.0)
+    check_every: int | None = count(default=None)
 
     def __call__(self, step: Callable[[PyTree], PyTree], h0: PyTree) -> Solution:
         """Solves h = step(h) from ``h0``."""
@@ -150,48 +74,45 @@ class FixedPointIteration:
             h = lax.fori_loop(0, self.steps, lambda _, h: self._mix(step(h), h), h0)
             residual = relative_change(step(h), h)
             steps = jnp.int32(self.steps)
-            return Solution(h, steps, residual, residual <= tol)
+            last = Best(h, steps, residual, residual)
+            return last.solution(steps + 1, tol, exhausted=True)
 
-        eps = float(jnp.finfo(tree.real_dtype(h0)).eps)
+        def unfinished(now: _State) -> jax.Array:
+            return now.best.unfinished(now.k, tol, self.max_steps)
 
-        def unfinished(carry: tuple) -> jax.Array:
-            _, _, _, k, _, best, residual, _ = carry
-            sane = (residual <= best * eps**-0.5) | (k == 0)  # False for NaN
-            return (best > tol) & (k <= self.max_steps) & sane
-
-        def advance(carry: tuple) -> tuple:
-            image, h = carry
+        def advance(pair: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+            image, h = pair
             h = self._mix(image, h)
             return step(h), h
 
-        def body(carry: tuple) -> tuple:
-            image, h, h_best, k, k_best, best, before, ahead = carry
-            ahead = ahead if self.check_every is None else self.check_every
-            image, h = repeat(advance, ahead, (image, h))
-            k = k + ahead
+        def body(now: _State) -> _State:
+            ahead = now.ahead if self.check_every is None else self.check_every
+            image, h = repeat(advance, ahead, (now.image, now.h))
+            k = now.k + ahead
             residual = relative_change(image, h)
-            better = residual < best
+            before = now.best.last
             after = next_look(self.check_every, k, ahead, residual, before, tol)
-            return (
-                image,
-                h,
-                tree.where(better, h, h_best),
-                k,
-                jnp.where(better, k - 1, k_best),  # one evaluation looks at h itself
-                jnp.where(better, residual, best),
-                residual,
-                jnp.minimum(after, self.max_steps + 1 - k),
-            )
+            best = now.best.updated(h, k - 1, residual)  # one evaluation looks at h
+            return _State(image, h, k, jnp.minimum(after, self.max_steps + 1 - k), best)
 
-        zero = sharding.vary_like(jnp.int32(0), h0)
-        infinity = sharding.vary_like(jnp.array(jnp.inf, tree.real_dtype(h0)), h0)
-        carry = (h0, h0, h0, zero, zero, infinity, infinity, zero + 1)
-        carry = lax.while_loop(unfinished, body, carry)
-        _, _, value, _, steps, residual, _, _ = carry
-        return Solution(value, steps, residual, residual <= tol)
+        best = Best.none(h0)
+        zero = best.num_steps
+        start = _State(h0, h0, zero, zero + 1, best)
+        end = lax.while_loop(unfinished, body, start)
+        return end.best.solution(end.k, tol, exhausted=end.k > self.max_steps)
 
     def _mix(self, image: PyTree, h: PyTree) -> PyTree:
         """The damped step; without damping, f's own output, bit for bit."""
         if self.damping == 0.0:
             return image
         return tree.axpy(self.damping, tree.sub(h, image), image)
+
+
+class _State(NamedTuple):
+    """Of the loop: f(h), h, evaluations so far, steps to the next look, the best."""
+
+    image: PyTree
+    h: PyTree
+    k: jax.Array
+    ahead: jax.Array
+    best: Best

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rbpjax._core import sharding, tree
+from rbpjax._core import tree
+from rbpjax._core.strategy import count, real, strategy, tolerance
 from rbpjax.fixed_point.forward.anderson import regularized_solve
-from rbpjax.fixed_point.forward.iteration import relative_change
-from rbpjax.types import PyTree, Solution, check_count, check_real, strategy
+from rbpjax.fixed_point.iterate import Best, relative_change
+from rbpjax.types import PyTree, Solution
 
 
 @strategy
@@ -34,19 +36,20 @@ class RRE:
     Cost: one evaluation of f a step, and (memory + 1) · n multiplications on average,
     where ``Anderson`` makes 4 · memory · n; memory: 2 · memory + 6 states. The
     coefficients are common to the whole state; under ``jax.vmap`` each example has its
-    own.
+    own. AD modes: none of its own; ``rbp_solve`` gives its gradient.
 
     Attributes:
-      memory: number of differences combined, one less than the steps of a cycle.
-      max_steps: budget of steps.
       tol: bound on the relative residual, as in ``FixedPointIteration``.
+      max_steps: budget of steps.
+      memory: number of differences combined, one less than the steps of a cycle.
       ridge: as in ``Anderson``. ``None``: ten times the machine epsilon.
 
     Raises:
-      ValueError: if a field is out of its range or not a Python number.
+      ValueError: if an option is out of its range or not a Python number.
 
     Example:
       >>> import jax.numpy as jnp
+      >>> from rbpjax import RRE
       >>> solution = RRE()(lambda h: -1.5 * jnp.sin(h) + 1, jnp.ones(2))
       >>> bool(solution.converged)  # the plain iteration diverges
       True
@@ -56,65 +59,57 @@ class RRE:
       29, 1987, section 3 (RRE, in cycles); Walker and Ni 2011 for the form of γ.
     """
 
-    memory: int = 5
-    max_steps: int = 1000
-    tol: float | None = None
-    ridge: float | None = None
-
-    def __post_init__(self) -> None:
-        """Validates the fields."""
-        check_count(self, "memory", self.memory, 1)
-        check_count(self, "max_steps", self.max_steps, 1)
-        for name in ("tol", "ridge"):
-            if getattr(self, name) is not None:
-                check_real(self, name, getattr(self, name))
+    tol: float | None = tolerance(default=None)
+    max_steps: int = count(default=1000)
+    memory: int = count(default=5)
+    ridge: float | None = real(default=None)
 
     def __call__(self, step: Callable[[PyTree], PyTree], h0: PyTree) -> Solution:
         """Solves h = step(h) from ``h0``."""
         tol = tree.default_tol(h0) if self.tol is None else self.tol
-        dtype = tree.real_dtype(h0)
-        eps = float(jnp.finfo(dtype).eps)
+        eps = float(jnp.finfo(tree.real_dtype(h0)).eps)
         ridge = 10 * eps if self.ridge is None else self.ridge
         m = self.memory
 
-        def unfinished(carry: tuple) -> jax.Array:
-            *_, k, _, best, residual = carry
-            sane = (residual <= best * eps**-0.5) | (k == 0)  # False for NaN
-            return (best > tol) & (k <= self.max_steps) & sane
+        def unfinished(now: _State) -> jax.Array:
+            return now.best.unfinished(now.k, tol, self.max_steps)
 
-        def advance(carry: tuple) -> tuple:
+        def advance(cycle: tuple[jax.Array, _State]) -> tuple[jax.Array, _State]:
             """One plain step, its residual put into row j."""
-            j, (rows, h, h_best, k, k_best, best, _) = carry
-            image = step(h)
-            residual = relative_change(image, h)
-            better = residual < best
-            return j + 1, (
-                tree.put(rows, j, tree.sub(image, h)),
-                image,
-                tree.where(better, h, h_best),
-                k + 1,
-                jnp.where(better, k, k_best),
-                jnp.where(better, residual, best),
-                residual,
-            )
+            j, now = cycle
+            image = step(now.h)
+            rows = tree.put(now.rows, j, tree.sub(image, now.h))
+            best = now.best.updated(now.h, now.k, relative_change(image, now.h))
+            return j + 1, _State(image, rows, now.k + 1, best)
 
-        def cycle(carry: tuple) -> tuple:
-            more = lambda state: (state[0] <= m) & unfinished(state[1])
-            _, carry = lax.while_loop(more, advance, (zero, carry))
+        def cycle(now: _State) -> _State:
+            more = lambda cycle: (cycle[0] <= m) & unfinished(cycle[1])
+            _, now = lax.while_loop(more, advance, (zero, now))
             # Where that ended early the whole loop ends, and nobody reads the leap.
-            rows, h, *rest = carry
-            changes = jax.tree.map(lambda u: u[1:] - u[:-1], rows)
+            changes = jax.tree.map(lambda u: u[1:] - u[:-1], now.rows)
             gram = lax.map(lambda change: tree.products(changes, change), changes)
-            target = tree.products(changes, tree.take(rows, m))
+            target = tree.products(changes, tree.take(now.rows, m))
             gamma = regularized_solve(gram, target, ridge)
+            h = now.h
             for i in range(m):
-                h = tree.axpy(-gamma[i], tree.take(rows, i + 1), h)
-            return (rows, h, *rest)
+                h = tree.axpy(-gamma[i], tree.take(now.rows, i + 1), h)
+            return now._replace(h=h)
 
-        zero = sharding.vary_like(jnp.int32(0), h0)
-        infinity = sharding.vary_like(jnp.array(jnp.inf, dtype), h0)
-        rows = tree.empty_rows(m + 1, h0)
-        carry = (rows, h0, h0, zero, zero, infinity, infinity)
-        carry = lax.while_loop(unfinished, cycle, carry)
-        _, _, value, _, steps, residual, _ = carry
-        return Solution(value, steps, residual, residual <= tol)
+        best = Best.none(h0)
+        zero = best.num_steps
+        start = _State(h0, tree.empty_rows(m + 1, h0), zero, best)
+        end = lax.while_loop(unfinished, cycle, start)
+        return end.best.solution(end.k, tol, exhausted=end.k > self.max_steps)
+
+
+class _State(NamedTuple):
+    """What both loops carry.
+
+    The iterate, the residuals of the present cycle, the evaluations so far, and the
+    best iterate.
+    """
+
+    h: PyTree
+    rows: PyTree
+    k: jax.Array
+    best: Best

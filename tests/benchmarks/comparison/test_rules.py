@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import harness
 from benchmarks.__main__ import main
 from benchmarks.comparison import costs as rules_costs
+from benchmarks.comparison import products, rules, summary
 from benchmarks.comparison import report as rules_report
-from benchmarks.comparison import rules
 from benchmarks.comparison import tune as rules_tune
-from benchmarks.comparison.peers import Method, Program, Setting
+from benchmarks.comparison.method import Method, Program, Refused, Setting
 from benchmarks.comparison.problems import bilevel, flat, reference, rnn
+from benchmarks.harness import checkpoints, results
 
 SMALL = "rules --problems bilevel-10 --libraries rbpjax --repetitions 2 --no-costs"
 
@@ -106,7 +106,7 @@ def test_a_library_that_raises_when_loosened_keeps_what_it_has():
 
     def program(problem, setting):
         if setting.forward > 1e-3:
-            raise rules_tune.Refused("too loose")
+            raise Refused("too loose")
         return Program(lambda: (0.0, [np.array([1 + 0.1 * setting.backward])]), 0.1, 0)
 
     sweep = rules_tune.Sweep(
@@ -138,12 +138,13 @@ def test_products_are_counted():
     from rbpjax import CGNormal, Neumann
 
     jac, g = jnp.diag(jnp.linspace(0.1, 0.5, 4)), jnp.ones(4)
-    count = lambda rule: rules_costs.count_products(rule, lambda h: jac @ h, g, g)
-    assert count(Neumann(3)) == (3, 3)
-    products, steps = count(CGNormal(tol=1e-3))
-    assert products >= 2 * steps >= 2
+    count = lambda rule: products.count_products(rule, lambda h: jac @ h, g, g)
+    assert count(Neumann(steps=3)) == (3, 3)
+    found, taken = count(CGNormal(tol=1e-3))
+    assert found >= 2 * taken >= 2
 
 
+@pytest.mark.full
 def test_no_rule_takes_fewer_products_than_the_limit():
     """Symmetric: CG is next to GMRES; and 20 unknowns need 20 products at most."""
     counts = rules_costs._products(bilevel(10.0, size=20))
@@ -153,30 +154,30 @@ def test_no_rule_takes_fewer_products_than_the_limit():
     assert counts["CGNormal"] > 2 * counts["fewest"]
 
 
+@pytest.mark.full
 def test_the_smallest_run_and_its_report(monkeypatch):
     """Errors within their targets, steps reported, a table; then a run resumes."""
     assert main(SMALL.split()) == 0
-    result = json.loads((harness.RESULTS / "rules-custom.json").read_text())
+    result = json.loads((results.RESULTS / "rules-custom.json").read_text())
     entry = result["problems"]["bilevel-10"]
     for target, found in entry["targets"].items():
-        assert "rbpjax Adaptive" in found["methods"]
-        for method in found["methods"].values():
+        assert found["turns"]["default"]["method"] == "rbpjax Adaptive"
+        for method in summary.rows(entry, target).values():
             assert method["error"] <= float(target)
-            assert method["forward"] > 0
-        assert found["methods"]["rbpjax Adaptive"]["steps"]["backward"] > 0
+            assert method["forward"] > 0 and method["q25"] <= 1.01 * method["q75"]
+        assert found["turns"]["default"]["steps"]["backward"] > 0
         assert rules_report.ratio(entry, target, "default") is None  # without a peer
     text = rules_report.tables(result)
     assert "bilevel, κ = 10" in text and "rbpjax" in text
 
     # An interrupted run goes on after the problems that it has.
-    checkpoint = harness.Checkpoint(
+    checkpoint = checkpoints.Checkpoints(
         "rules", {"repetitions": 2, "libraries": ["rbpjax"]}, False
     )
-    checkpoint.folder.mkdir(parents=True)
-    (checkpoint.folder / "bilevel-10.json").write_text(json.dumps(entry))
-    monkeypatch.setattr(rules.Rules, "measure", None)  # would fail if it were called
+    checkpoint.once("bilevel-10", lambda: entry)
+    monkeypatch.setattr(rules.Rules, "measure", lambda *_: pytest.fail("measured anew"))
     assert main(SMALL.split()) == 0
-    again = json.loads((harness.RESULTS / "rules-custom.json").read_text())
+    again = json.loads((results.RESULTS / "rules-custom.json").read_text())
     assert again["problems"] == result["problems"]
     assert not checkpoint.folder.exists()
 

@@ -4,16 +4,17 @@ import json
 
 import pytest
 
-from benchmarks import harness
 from benchmarks.__main__ import main
 from benchmarks.comparison import warm
+from benchmarks.harness import results
 
 
+@pytest.mark.full
 def test_a_small_run(capsys):
     """Fewer steps warm than cold, no less exact; the truncated rule gains accuracy."""
     arguments = ["--problems", "bilevel-10", "--steps", "4", "--rates", "1e-4"]
     assert main(["warm", *arguments]) == 0
-    (entry,) = json.loads((harness.RESULTS / "warm-custom.json").read_text())["entries"]
+    (entry,) = json.loads((results.RESULTS / "warm-custom.json").read_text())["entries"]
     adaptive, truncated = (entry[rule] for rule in warm.RULES)
     assert adaptive["steps"]["warm"] < adaptive["steps"]["cold"]
     assert adaptive["converged"] == {"cold": 1.0, "warm": 1.0}
@@ -24,6 +25,7 @@ def test_a_small_run(capsys):
     assert "bilevel" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_without_a_step_of_the_parameters_the_adjoint_stays():
     """At a learning rate of zero every solve but the first has nothing left to do."""
     found = warm.Warm(steps=3).train("bilevel-10", 0.0)["Adaptive"]

@@ -8,7 +8,7 @@ import pytest
 import scipy.sparse
 
 from benchmarks.data.planetoid import assemble
-from benchmarks.harness import UsageError
+from benchmarks.harness.options import UsageError
 
 KNOWN, TEST = 6, np.array([8, 6, 7])  # nodes 0 … 5, and three more out of order
 LABELS = np.array([0, 1, 2, 0, 1, 2, 2, 1, 0])

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import harness
 from benchmarks.__main__ import main
+from benchmarks.harness import checkpoints, results, training
 from benchmarks.perturb import costs as perturb_costs
 from benchmarks.perturb import learning as perturb_learning
 from benchmarks.perturb import tasks as perturb_tasks
@@ -27,11 +27,12 @@ QUICK = ("--budget", "320", "--units", "4", "--seeds", "0")
 def run(part, *arguments):
     assert main(["perturb", "--parts", part, *arguments]) == 0
     name = f"perturb-{part}-custom"
-    assert (harness.RESULTS / f"{name}.png").stat().st_size < 200_000
-    return json.loads((harness.RESULTS / f"{name}.json").read_text())
+    assert (results.RESULTS / f"{name}.png").stat().st_size < 200_000
+    return json.loads((results.RESULTS / f"{name}.json").read_text())
 
 
 @pytest.mark.filterwarnings("ignore")  # orbax's own
+@pytest.mark.full
 def test_an_interrupted_task_resumes_bit_for_bit(monkeypatch, capsys):
     """Stopped after seven blocks and started again, the curves are the same."""
     options = (*QUICK, "--methods", "anp+d")
@@ -45,23 +46,25 @@ def test_an_interrupted_task_resumes_bit_for_bit(monkeypatch, capsys):
             yield step
 
     with monkeypatch.context() as patch:
-        patch.setattr(perturb_learning, "progress", stop_after_seven)
+        patch.setattr(training, "progress", stop_after_seven)
         assert main(["perturb", "--parts", "copying", *options]) == 130
     assert run("copying", *options)["methods"] == whole
-    assert not list(harness.CHECKPOINTS.glob("*"))
+    assert not list(checkpoints.CHECKPOINTS.glob("*"))
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("arm", ["tbptt1", "wp", "np_instant", "anp_code", "bptt+d"])
+@pytest.mark.full
 def test_every_kind_of_arm_learns(arm):
     """A few hundred passes lower the loss that all of them are given."""
     setting = perturb_learning.Setting("recall", 8, 8, 960, 1e-3)
-    checkpoint = harness.Checkpoint("test", {}, fresh=True)
-    curve = perturb_learning.train(setting, arm, (0,), (1e-2,), 1.0, checkpoint)
+    checkpoint = checkpoints.Checkpoints("test", {}, fresh=True)
+    curve = perturb_learning.learn(setting, arm, (0,), (1e-2,), 1.0, checkpoint)
     assert curve.shape == (perturb_learning.BLOCKS + 1, 1)
     assert curve[-1, 0] < 0.8 * curve[0, 0]
 
 
+@pytest.mark.full
 def test_cost_is_measured(monkeypatch):
     """A small cost run comes out whole, memory apart from the number of samples."""
     small = dict(samples=100, chunk=10, units=8, steps=5, inputs=10, outputs=10)
@@ -107,7 +110,7 @@ def test_weather_is_split_in_time(tmp_path, monkeypatch, capsys):
     names = ["Visibility", "DryBulbFarenheit", "DryBulbCelsius", *"abcdefghi"]
     names = [n if n != "c" else "WetBulbCelsius" for n in names]
     monkeypatch.setattr(
-        perturb_tasks.data, "weather", lambda: (values.astype(np.float32), names)
+        perturb_tasks.hours, "weather", lambda: (values.astype(np.float32), names)
     )
     tasks = {
         "test": perturb_tasks.make("weather", 0),
@@ -144,7 +147,7 @@ def test_missing_and_damaged_data_are_named(tmp_path, monkeypatch, capsys):
     [
         (("--parts", "speed"), "--parts: any of forecast"),
         (("--methods", "rtrl"), "--methods: any of bptt"),
-        (("--seeds", "1", "1"), "--seeds: different numbers"),
+        (("--seeds", "1", "1"), "--seeds: one or more, no two alike"),
         (("--seeds", "1000"), "it is for validation"),
         (("--budget", "3"), "--budget: at least 320"),
         (("--units", "1"), "--units: at least 2"),

@@ -6,19 +6,21 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import harness
 from benchmarks.__main__ import main
-from benchmarks.unitary import sequences
-from rbpjax.unitary import identity, modulus
+from benchmarks.data import sequences
+from benchmarks.harness import checkpoints, results, training
+from benchmarks.unitary import learning, networks
+from rbpjax.unitary.activation import identity, modulus
 
 
 def run(part, *arguments):
     assert main(["unitary", "--parts", part, *arguments]) == 0
     name = f"unitary-{part}-custom"
-    assert (harness.RESULTS / f"{name}.png").stat().st_size < 200_000
-    return json.loads((harness.RESULTS / f"{name}.json").read_text())
+    assert (results.RESULTS / f"{name}.png").stat().st_size < 200_000
+    return json.loads((results.RESULTS / f"{name}.json").read_text())
 
 
+@pytest.mark.full
 def test_cost_norms_and_memory(capsys):
     """The measurements come out whole, and say what the room promises."""
     cost = run("cost", "--largest", "16")
@@ -36,6 +38,7 @@ QUICK = ("--shorten", "0.02", "--delay", "5", "--length", "8", "--seeds", "0")
 
 
 @pytest.mark.filterwarnings("ignore")  # orbax's own
+@pytest.mark.full
 def test_an_interrupted_task_resumes_bit_for_bit(monkeypatch):
     """Stopped after two blocks and started again, the curves are the same."""
     options = ("--networks", "linear", *QUICK)
@@ -47,28 +50,29 @@ def test_an_interrupted_task_resumes_bit_for_bit(monkeypatch):
                 raise KeyboardInterrupt
             yield step
 
-    monkeypatch.setattr(sequences, "progress", stop_after_two)
+    monkeypatch.setattr(training, "progress", stop_after_two)
     assert main(["unitary", "--parts", "copying", *options]) == 130
     resumed = run("copying", *options)["networks"]["linear"]
     del whole["seconds"], resumed["seconds"]
     assert whole == resumed
-    assert not list(harness.CHECKPOINTS.glob("*"))
+    assert not list(checkpoints.CHECKPOINTS.glob("*"))
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.full
 def test_every_network_trains():
     """Each kind of network, small, lowers the loss of the adding problem."""
     task = sequences.adding(4, 0)
-    networks = {
-        "linear": sequences.unitary(task, 8, identity, 1.0, 0.1),
-        "modulus": sequences.unitary(task, 8, modulus, 1.0, 0.1),
-        "exprnn": sequences.exp_rnn(task, 8),
-        "lstm": sequences.lstm(task, 8),
+    made = {
+        "linear": networks.unitary(task, 8, identity, 1.0, 0.1),
+        "modulus": networks.unitary(task, 8, modulus, 1.0, 0.1),
+        "exprnn": networks.exp_rnn(task, 8),
+        "lstm": networks.lstm(task, 8),
     }
-    plan = sequences.Training(100, 16, 1e-2, 1e-3, blocks=2)
-    for name, network in networks.items():
-        checkpoint = harness.Checkpoint("test", {}, fresh=True)
-        log = sequences.train(task, network, plan, 0, name, checkpoint)
+    plan = learning.Training(100, 16, 1e-2, 1e-3, blocks=2)
+    for name, network in made.items():
+        checkpoint = checkpoints.Checkpoints("test", {}, fresh=True)
+        log = learning.learn(task, network, plan, 0, name, checkpoint)
         assert log["iterations"] == [0, 50, 100]
         assert log["loss"][-1] < 0.8 * log["loss"][0]
 
@@ -101,7 +105,7 @@ def test_adding_data_by_hand():
     [
         (("--parts", "speed"), "--parts: any of cost"),
         (("--networks", "gru"), "--networks: any of linear"),
-        (("--dataset", "cifar"), "--dataset: digits or mnist"),
+        (("--dataset", "cifar"), "--dataset: any of digits, mnist"),
         (("--num-steps", "3"), "--num-steps: at least 100"),
         (("--shorten", "2"), "--shorten: above 0"),
     ],

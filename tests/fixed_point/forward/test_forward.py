@@ -11,7 +11,7 @@ import pytest
 
 import rbpjax
 from rbpjax import FixedPointIteration, Solution
-from rbpjax.fixed_point.forward.iteration import next_look, relative_change
+from rbpjax.fixed_point.iterate import next_look, relative_change
 from tests.support.problems import (
     CONVERGED_RTOL,
     PROBLEMS,
@@ -225,7 +225,9 @@ def test_gradient_of_a_failed_solve_is_reported_not_raised():
     def loss(a, probe):
         return jnp.sum(solve(a, jnp.ones(2), jnp.zeros(2), probe).value)
 
-    value, grad, report = jax.jit(rbpjax.value_and_grad(loss))(jnp.full(2, jnp.nan))
+    value, grad, report = jax.jit(rbpjax.value_and_grad_with_report(loss))(
+        jnp.full(2, jnp.nan)
+    )
     assert not jnp.isfinite(grad).any()
     assert report.converged == 0 and not report.residual <= 1e-3
     del value
@@ -278,7 +280,9 @@ def newton(step, h0) -> Solution:
 
     h = jax.lax.fori_loop(0, 20, body, flat)
     residual = jnp.linalg.norm(defect(h)) / jnp.linalg.norm(h)
-    return Solution(unravel(h), jnp.int32(20), residual, residual < 1e-12)
+    return Solution(
+        value=unravel(h), num_steps=20, residual=residual, converged=residual < 1e-12
+    )
 
 
 def test_any_callable_is_a_solver():

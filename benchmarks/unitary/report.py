@@ -1,0 +1,178 @@
+"""Tables and figures of ``unitary``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness.figures import figure, save_figure
+from benchmarks.harness.tables import mean_std
+
+TITLES = {
+    "linear": "unitary conv., linear",
+    "saturating": "unitary conv., φ",
+    "modulus": "unitary conv., modulus",
+    "exprnn": "dense expRNN, modReLU",
+    "lstm": "LSTM",
+}
+
+
+def cost_rows(result: dict[str, Any]) -> list[dict[str, str]]:
+    """Kernel ÷ iteration by lattice."""
+    return [
+        {
+            "kernel": title,
+            "lattice": f"{side}²",
+            "iteration": f"{1e3 * at['iteration']['median']:.3g} ms",
+            "kernel time": f"{1e3 * at['kernel']['median']:.3g} ms",
+            "ratio": f"{at['ratio']['median']:.2f}",
+            "gradient ÷ iteration": (
+                f"{at['kernel_gradient']['median'] / at['iteration']['median']:.2f}"
+            ),
+        }
+        for title, sides in result["cases"].items()
+        for side, at in sides.items()
+    ]
+
+
+def norm_rows(result: dict[str, Any]) -> list[dict[str, str]]:
+    """What is left of a state and of a gradient after the last step."""
+
+    def shown(values: Any) -> str:
+        last = [row[-1] for row in values]
+        return mean_std(last) if np.all(np.isfinite(last)) else "overflow"
+
+    def largest(values: list[float]) -> str:
+        return f"{max(values):.1g}" if np.all(np.isfinite(values)) else "overflow"
+
+    return [
+        {
+            "network": title,
+            "state": shown(at["state"]),
+            "gradient": shown(at["gradient"]),
+            "off by": largest(at["state_deviation"] + at["gradient_deviation"]),
+        }
+        for title, at in result["networks"].items()
+    ]
+
+
+def memory_rows(result: dict[str, Any]) -> list[dict[str, str]]:
+    """Memory, time and error by history and T."""
+    return [
+        {
+            "history": title,
+            "T": steps,
+            "memory": f"{at['temporary_bytes'] / 1e3:.1f} kB",
+            "time": f"{1e3 * at['seconds']['median']:.3g} ms",
+            "error": f"{at['error']:.1g}",
+            "drift": f"{at['drift']:.1g}" if "verse" in title else "–",
+        }
+        for title, row in result["histories"].items()
+        for steps, at in row.items()
+    ]
+
+
+def task_rows(result: dict[str, Any]) -> list[dict[str, str]]:
+    """Last loss and accuracy, mean ± standard deviation over seeds."""
+    last = lambda values: [row[-1] for row in values]
+    return [
+        {
+            "network": TITLES[name],
+            "loss": mean_std(last(at["loss"])),
+            "of memoryless": f"{np.mean(last(at['loss'])) / result['memoryless']:.3f}",
+            "accuracy": mean_std(last(at["accuracy"])),
+            "iterations": str(at["iterations"][-1]),
+            "time": f"{np.mean(last(at['seconds'])):.0f} s",
+        }
+        for name, at in result["networks"].items()
+    ]
+
+
+def draw_cost(result: dict[str, Any], name: str) -> None:
+    """Times and their ratio against the number of sites."""
+    fig, axes = figure(8, 3.2, ncols=2)
+    for i, (title, sides) in enumerate(result["cases"].items()):
+        sites = [int(side) ** 2 for side in sides]
+        of = lambda key, sides=sides: [at[key]["median"] for at in sides.values()]
+        style = {"color": f"C{i}", "marker": "o", "ms": 3}
+        axes[0].loglog(sites, of("iteration"), label=f"iteration, {title}", **style)
+        axes[0].loglog(sites, of("kernel"), ls="--", label=f"kernel, {title}", **style)
+        axes[1].semilogx(sites, of("ratio"), label=title, **style)
+    axes[0].set(title="time", ylabel="seconds", xlabel="sites of the lattice")
+    axes[1].set(title="kernel ÷ one iteration", xlabel="sites of the lattice")
+    axes[1].set_yscale("log")
+    axes[0].legend(fontsize=7)
+    axes[1].legend(fontsize=7)
+    save_figure(fig, name)
+
+
+def draw_norms(result: dict[str, Any], name: str) -> None:
+    """Norms of state and gradient against time."""
+    fig, axes = figure(9, 4.2, ncols=2, sharey=True)
+    styles = ("-", "--", "-.", ":")
+    for i, (title, at) in enumerate(result["networks"].items()):
+        for ax, key in zip(axes, ("state", "gradient"), strict=True):
+            values = np.array(at[key], float)
+            # Overflow is null in a file and far outside the figure; so is zero.
+            values = np.clip(np.nan_to_num(values, nan=1e30), 1e-30, 1e30)
+            mean = np.exp(np.mean(np.log(values), 0))
+            ax.loglog(
+                result["steps"], mean, color=f"C{i}", ls=styles[i % 4], label=title
+            )
+    axes[0].set(title="‖h_t‖ / ‖h_0‖", xlabel="steps t", ylim=(1e-12, 1e6))
+    axes[1].set(title="‖∂L/∂h_{T-k}‖ / ‖∂L/∂h_T‖", xlabel="steps back k")
+    fig.legend(
+        *axes[0].get_legend_handles_labels(),
+        ncols=3,
+        loc="outside lower center",
+        fontsize=7,
+    )
+    save_figure(fig, name)
+
+
+def draw_memory(result: dict[str, Any], name: str) -> None:
+    """Memory and time of one gradient against T."""
+    fig, axes = figure(8, 3.4, ncols=2)
+    for i, (title, row) in enumerate(result["histories"].items()):
+        if title.startswith("modulus"):
+            continue  # as the linear cell, without the inverse
+        steps = [int(t) for t in row]
+        style = {"marker": "o", "ms": 3, "color": f"C{i}", "label": title[8:]}
+        axes[0].loglog(steps, [at["temporary_bytes"] for at in row.values()], **style)
+        axes[1].loglog(steps, [at["seconds"]["median"] for at in row.values()], **style)
+    axes[0].set(title="compiled temporary memory", ylabel="bytes", xlabel="steps T")
+    axes[1].set(title="time of one gradient", ylabel="seconds", xlabel="steps T")
+    axes[0].legend(fontsize=7)
+    save_figure(fig, name)
+
+
+def draw_task(result: dict[str, Any], name: str) -> None:
+    """Loss and accuracy on the test data against iterations."""
+    fig, axes = figure(8.5, 3.4, ncols=2)
+    for i, (network, at) in enumerate(result["networks"].items()):
+        for ax, key in zip(axes, ("loss", "accuracy"), strict=True):
+            values = np.array(at[key], float)
+            style = {"color": f"C{i}", "label": TITLES[network]}
+            ax.plot(at["iterations"][1:], values.mean(0)[1:], **style)
+            ax.fill_between(
+                at["iterations"][1:],
+                values.min(0)[1:],
+                values.max(0)[1:],
+                color=f"C{i}",
+                alpha=0.15,
+            )
+    axes[0].axhline(result["memoryless"], color="k", lw=0.8, ls=":")
+    axes[0].annotate(
+        "no memory",
+        (0.02, result["memoryless"]),
+        xycoords=("axes fraction", "data"),
+        va="bottom",
+        fontsize=7,
+    )
+    axes[0].set(title="test loss", yscale="log", xlabel="iterations")
+    axes[1].set(title="test accuracy", xlabel="iterations")
+    axes[1].legend(fontsize=7)
+    seeds = len(result["options"]["seeds"])
+    fig.suptitle(f"{name.removeprefix('unitary-')}: mean and range over {seeds} seeds")
+    save_figure(fig, name)

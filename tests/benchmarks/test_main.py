@@ -1,0 +1,51 @@
+"""The command line, and the README's tables."""
+
+import pytest
+
+from benchmarks import readme
+from benchmarks.__main__ import COMMANDS, main, parse
+
+
+def test_alone_it_lists_the_experiments(capsys):
+    """A line each, and how to get help; no error."""
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert "--help" in out
+    lines = [line.split()[0] for line in out.splitlines()[2:]]
+    assert lines == list(COMMANDS) and len(lines) == 13
+
+
+def test_an_unknown_name_is_one_line(capsys):
+    assert main(["hopfeld"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "hopfield" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("hopfield --bogus 3", "--bogus"),
+        ("hopfield --truncation many", "many"),
+        ("hyperopt --steps many", "--steps"),
+        ("fuzz --x", "--x"),
+    ],
+)
+def test_what_cannot_be_read_is_said_by_tyro(arguments, says, capsys):
+    """In as many lines as it takes, with exit code 2."""
+    assert main(arguments.split()) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_readme_shows_the_committed_results(monkeypatch):
+    """README's generated blocks are what the result files say."""
+    monkeypatch.undo()
+    text = readme.README.read_text()
+    assert readme.render(text) == text
+
+
+def test_help_exits_with_zero(capsys):
+    """--help is no error."""
+    with pytest.raises(SystemExit) as exit_:
+        parse(["hopfield", "--help"])
+    assert exit_.value.code == 0
+    assert "--truncation" in capsys.readouterr().out
