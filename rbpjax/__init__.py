@@ -26,6 +26,7 @@ from rbpjax.fixed_point.backward.gmres import GMRES
 from rbpjax.fixed_point.backward.neumann import Neumann
 from rbpjax.fixed_point.backward.rbp import RBP
 from rbpjax.fixed_point.forward.anderson import Anderson
+from rbpjax.fixed_point.forward.hybrid import Hybrid
 from rbpjax.fixed_point.forward.iteration import FixedPointIteration
 from rbpjax.fixed_point.forward.rre import RRE
 from rbpjax.fixed_point.newton import Newton
@@ -61,6 +62,7 @@ __all__ = [
     "Direct",
     "FixedPointIteration",
     "ForwardSolver",
+    "Hybrid",
     "Neumann",
     "Newton",
     "Solution",

@@ -43,7 +43,7 @@ def sub(x: PyTree, y: PyTree) -> PyTree:
     return jax.tree.map(jnp.subtract, x, y)
 
 
-def _wide(x: jax.Array) -> jax.Array:
+def widen(x: jax.Array) -> jax.Array:
     """``x`` in float32 at least, so that a half-precision update rounds once."""
     return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
 
@@ -52,7 +52,7 @@ def scale(a: jax.Array | float, x: PyTree) -> PyTree:
     """``a * x`` for a real scalar ``a``, in the dtypes of ``x``."""
 
     def leaf(u: jax.Array) -> jax.Array:
-        wide = _wide(u)
+        wide = widen(u)
         return (jnp.asarray(a).astype(wide.dtype) * wide).astype(u.dtype)
 
     return jax.tree.map(leaf, x)
@@ -76,7 +76,7 @@ def axpy(a: jax.Array | float, x: PyTree, y: PyTree) -> PyTree:
     """``a * x + y`` for a real scalar ``a``, in the dtypes of ``y``."""
 
     def leaf(u: jax.Array, v: jax.Array) -> jax.Array:
-        wide = _wide(v)
+        wide = widen(v)
         a_wide = jnp.asarray(a).astype(wide.dtype)
         return (a_wide * u.astype(wide.dtype) + wide).astype(v.dtype)
 
@@ -86,6 +86,23 @@ def axpy(a: jax.Array | float, x: PyTree, y: PyTree) -> PyTree:
 def where(condition: jax.Array, x: PyTree, y: PyTree) -> PyTree:
     """``x`` if the scalar ``condition`` holds, else ``y``."""
     return jax.tree.map(lambda u, v: jnp.where(condition, u, v), x, y)
+
+
+def scale_leaves(scales: jax.Array, x: PyTree) -> PyTree:
+    """Each leaf times its entry of ``scales``, in float32 at least."""
+
+    def leaf(a: jax.Array, u: jax.Array) -> jax.Array:
+        wide = widen(u)
+        return a.astype(wide.real.dtype) * wide
+
+    leaves, treedef = jax.tree.flatten(x)
+    pairs = zip(scales, leaves, strict=True)
+    return jax.tree.unflatten(treedef, [leaf(a, u) for a, u in pairs])
+
+
+def cast_like(x: PyTree, like: PyTree) -> PyTree:
+    """``x`` in the dtypes of ``like``."""
+    return jax.tree.map(lambda u, v: u.astype(v.dtype), x, like)
 
 
 def vdot(x: PyTree, y: PyTree) -> jax.Array:

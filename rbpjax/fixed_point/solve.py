@@ -32,7 +32,7 @@ from rbpjax._core.convolution import channels_last
 from rbpjax._core.step import ClosedStep, check_like, close
 from rbpjax.fixed_point.backward.adaptive import Adaptive
 from rbpjax.fixed_point.backward.rule import apply_rule, check_rule
-from rbpjax.fixed_point.forward.iteration import FixedPointIteration
+from rbpjax.fixed_point.forward.hybrid import Hybrid
 from rbpjax.fixed_point.iterate import apply_solver, check_solver
 from rbpjax.fixed_point.report import AdjointReport, as_probe, reported
 from rbpjax.types import (
@@ -99,7 +99,7 @@ _solve.defvjp(_solve_fwd, _solve_bwd)
 def rbp_solve(
     f: StepFn,
     *,
-    forward: ForwardSolver = FixedPointIteration(),
+    forward: ForwardSolver = Hybrid(),
     backward: BackwardRule = Adaptive(),
 ) -> Solve:
     """Transforms a step function into a differentiable solver of its fixed point.

@@ -29,6 +29,7 @@ from rbpjax._core.convolution import channels_last
 from rbpjax.fixed_point.iterate import (
     check_solution,
     first_parameter,
+    ratio,
     repeat,
     status_of,
 )
@@ -192,11 +193,6 @@ class System(NamedTuple):
         z = tree.scale(self.size, end.z)
         converged = status == Status.CONVERGED
         return Solution(z, end.num_steps, num_products, residual, status, converged)
-
-
-def ratio(a: jax.Array, b: jax.Array) -> jax.Array:
-    """``a / b``, and 0 where b = 0."""
-    return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
 
 
 def add_terms(
