@@ -14,7 +14,7 @@ from rbpjax._core.strategy import count, strategy, tolerance
 from rbpjax.fixed_point.arnoldi import Krylov, arnoldi
 from rbpjax.fixed_point.forward.anderson import Anderson
 from rbpjax.fixed_point.forward.iteration import FixedPointIteration
-from rbpjax.fixed_point.iterate import Look, Search, error_tol
+from rbpjax.fixed_point.iterate import Look, Search, error_tol, ratio
 from rbpjax.types import PyTree, Solution
 
 MEMORY = 5
@@ -156,19 +156,19 @@ def newton_krylov(
         growth = jnp.array([1 - 1e-4, 2, 1e6], merit.dtype)[now.attempt]
         better = jnp.isfinite(merit) & (fresh | (merit < growth * now.merit))
         # Far out, rounding alone makes residuals small.
-        better &= rounding <= jnp.maximum(now.search.merit / 10, 4 * eps)
+        better &= rounding <= jnp.maximum(now.search.merit / 10, 4 * now.rounding)
 
         # Where the residual is lost in rounding, an error of rounding is looked at.
         r = tree.sub(image, now.h)
         r = tree.where(residual > eps / 4, r, _rounding(now.h))
         v, beta = tree.to_unit(r)
-        fallen = merit / now.merit
+        fallen = ratio(merit, now.merit)
         enough = jnp.clip(0.9 * fallen * fallen, 1e-3, 0.1)
-        enough = jnp.maximum(enough, jnp.minimum(0.5, tol / (4 * residual)))
+        enough = jnp.maximum(enough, jnp.minimum(0.5, ratio(tol, 4 * residual)))
         enough = jnp.where(better, enough, jnp.inf).astype(beta.dtype)
         krylov = arnoldi(lambda v: tree.sub(v, jvp(v)), v, dimension, enough)
         scale = jnp.where(fresh, merit, now.scale)
-        shift = jnp.where(now.attempt == 1, merit / scale, 0)
+        shift = jnp.where(now.attempt == 1, ratio(merit, scale), 0)
         y, smallest = _least_squares(krylov, beta, shift)
         # The length of the step, and of what it may leave out, relative to the state.
         left = jnp.maximum(krylov.left * beta, rounding) / smallest
@@ -195,6 +195,7 @@ def newton_krylov(
             base=base,
             direction=direction,
             merit=jnp.where(better, merit, now.merit),
+            rounding=jnp.where(better, rounding, now.rounding),
             length=jnp.where(over, 0, length),
             attempt=jnp.where(final, ATTEMPTS, attempt),
             scale=scale,
@@ -210,6 +211,7 @@ def newton_krylov(
         base=h,
         direction=tree.scale(0.0, h),
         merit=search.merit,
+        rounding=jnp.full_like(zero, jnp.inf),
         length=zero,
         attempt=jnp.zeros_like(k),
         scale=zero,
@@ -252,6 +254,7 @@ class _State(NamedTuple):
       base: where the step to it began.
       direction: of the step.
       merit: the size of the residual at ``base``.
+      rounding: the size of a rounding error there.
       length: how far along the direction; zero at the beginning of an attempt.
       attempt: its number.
       scale: what shifts are relative to: the residual at the start of the attempt.
@@ -265,6 +268,7 @@ class _State(NamedTuple):
     base: PyTree
     direction: PyTree
     merit: jax.Array
+    rounding: jax.Array
     length: jax.Array
     attempt: jax.Array
     scale: jax.Array
