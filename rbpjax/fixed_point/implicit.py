@@ -11,14 +11,27 @@ import jax.numpy as jnp
 from jax import lax
 
 from rbpjax._core import sharding, tree
-from rbpjax._core.step import as_state, close, select_state, with_aux
+from rbpjax._core.step import close, select_state, with_aux
 from rbpjax.fixed_point.backward.adaptive import Adaptive
-from rbpjax.fixed_point.forward.iteration import FixedPointIteration
-from rbpjax.fixed_point.iterate import apply_solver, check_solver
+from rbpjax.fixed_point.iterate import (
+    apply_solver,
+    check_solution,
+    check_solver,
+    relative_change,
+    status_of,
+)
 from rbpjax.fixed_point.newton import Newton
 from rbpjax.fixed_point.report import AdjointReport
 from rbpjax.fixed_point.solve import rbp_solve
-from rbpjax.types import BackwardRule, ForwardSolver, PyTree, Solution, Solve, StepFn
+from rbpjax.types import (
+    BackwardRule,
+    ForwardSolver,
+    PyTree,
+    Solution,
+    Solve,
+    Status,
+    StepFn,
+)
 
 Finder = Callable[[PyTree, PyTree, PyTree], PyTree]
 """A solver of one's own: (params, inputs, h0) -> h*, or a Solution."""
@@ -68,19 +81,16 @@ def rbp_fixed_point(
       >>> solve = rbp_fixed_point(f)(solver)
       >>> grad = jax.grad(lambda a: solve(a, 1.0, 0.0).value)(0.5)
       >>> round(float(grad), 4)  # cos h* / (1 + a sin h*)
-      0.2235
+      0.2557
 
     References:
       Liao et al. 2018, equations 4 to 9. Others' words for it: ``custom_fixed_point``
       in jaxopt, ``implicit_jvp`` in optimistix.
     """
+    solve_from = rbp_solve(f, forward=_as_it_is, backward=backward, has_aux=has_aux)
 
     def wrap(solver: Finder) -> Solve:
-        if not callable(solver):
-            raise ValueError(
-                "rbp_fixed_point: the solver must be callable, as solver(params, "
-                f"inputs, h0) -> h*; got {solver!r}."
-            )
+        _check_finder("rbp_fixed_point", solver)
 
         def solve(
             params: PyTree,
@@ -90,9 +100,10 @@ def rbp_fixed_point(
         ) -> Solution:
             """Finds h* by the solver; its gradient is that of the fixed point."""
             found = lax.stop_gradient(solver(*_constant((params, inputs, h0))))
-            return _differentiated(
-                f, found, params, inputs, probe, backward, has_aux=has_aux
-            )
+            given = found if isinstance(found, Solution) else None
+            h = found if given is None else given.value
+            solution = solve_from(params, inputs, h, probe)
+            return _with_given(solution, given)
 
         return solve
 
@@ -103,6 +114,7 @@ def rbp_root(
     F: Callable[[PyTree, PyTree, PyTree], PyTree],
     *,
     forward: ForwardSolver = Newton(),
+    solver: Finder | None = None,
     backward: BackwardRule = Adaptive(),
     has_aux: bool = False,
 ) -> Solve:
@@ -119,7 +131,10 @@ def rbp_root(
     What is solved is the fixed point of h - sF(h), where the numbers s, one a leaf, are
     F's scale along one random direction: so that a residual means the same, relative to
     h, in whatever units F is written, and h - sF does not round F away. s is found at
-    h0 and again where a solve has ended, until that converges at once.
+    h0 and again where a solve has ended, until the two agree.
+
+    A loss's minimum is the root of its gradient, however it was trained:
+    ``rbp_root(jax.grad(loss, argnums=2), solver=train)``, with any optimizer.
 
     Cost: forward what the solver takes, and a product with ∂F/∂h for each scale;
     ``num_steps`` and ``num_products`` are the solver's. Backward as ``rbp_solve``. AD
@@ -127,9 +142,10 @@ def rbp_root(
 
     Args:
       F: ``F(params, inputs, h)``, a pytree like ``h`` in structure, shapes and dtypes.
-        Also the gradient of a loss, whose minimum is then found and differentiated.
       forward: any ``ForwardSolver`` that finds h with h = step(h); iterations of the
         step alone rarely converge here.
+      solver: finds h* in the place of ``forward``, as that of ``rbp_fixed_point``: any
+        ``solver(params, inputs, h0) -> h*``, never differentiated.
       backward: any ``BackwardRule``.
       has_aux: whether F returns a pair ``(residual, aux)``, as with ``rbp_solve``.
 
@@ -154,6 +170,8 @@ def rbp_root(
         if not callable(value):
             raise ValueError(f"rbp_root: `{name}` must be callable; got {value!r}.")
     check_solver(forward)
+    if solver is not None:
+        _check_finder("rbp_root", solver)
     residual_of = select_state(F) if has_aux else F
 
     def solve(
@@ -163,14 +181,24 @@ def rbp_root(
         probe: AdjointReport | None = None,
     ) -> Solution:
         """Solves F(params, inputs, h*) = 0 from h0."""
-        closed, args, h0 = close(residual_of, params, inputs, h0)
+        given = None
+        if solver is not None:
+            h0 = lax.stop_gradient(solver(*_constant((params, inputs, h0))))
+            given, h0 = (h0, h0.value) if isinstance(h0, Solution) else (None, h0)
+        closed, args, h = close(residual_of, params, inputs, lax.stop_gradient(h0))
         residual = partial(closed, lax.stop_gradient(args))
-        found, scale = _root(forward, residual, lax.stop_gradient(h0))
+        found = _root(forward, residual, h) if solver is None else None
+        h = h if found is None else found.value
+        scale = _scale(residual, h)
 
         def f(params: PyTree, inputs: PyTree, h: PyTree) -> PyTree:
             return _step(scale, h, residual_of(params, inputs, h))
 
-        solution = _differentiated(f, found, params, inputs, probe, backward)
+        solve_from = rbp_solve(f, forward=_as_it_is, backward=backward)
+        solution = solve_from(params, inputs, h, probe)
+        solution = _with_given(solution, given)
+        if found is not None:  # whose verdict is of more than one residual
+            solution = found._replace(value=solution.value)
         return with_aux(F, params, inputs, solution) if has_aux else solution
 
     return solve
@@ -217,40 +245,42 @@ def from_args(
     return free
 
 
+def _check_finder(owner: str, solver: object) -> None:
+    """Raises ValueError unless a solver of one's own can be called."""
+    if not callable(solver):
+        raise ValueError(
+            f"{owner}: the solver must be callable, as solver(params, inputs, h0) -> "
+            f"h*; got {solver!r}."
+        )
+
+
 def _constant(x: PyTree) -> PyTree:
-    """``x`` as constants; leaves that are no arrays as they are."""
-    return jax.tree.map(lambda u: lax.stop_gradient(u) if _traced(u) else u, x)
+    """``x`` without derivatives; NumPy arrays and what is no array as they are."""
+    fix = lambda u: lax.stop_gradient(u) if isinstance(u, jax.core.Tracer) else u
+    return jax.tree.map(fix, x)
 
 
-def _traced(u: object) -> bool:
-    return isinstance(u, jax.core.Tracer)
+def _as_it_is(step: Callable[[PyTree], PyTree], h0: PyTree) -> Solution:
+    """A forward solver that takes the start for the answer, and measures it."""
+    residual = relative_change(step(h0), h0)
+    status = status_of(residual, tree.default_tol(h0), exhausted=True)
+    converged = status == Status.CONVERGED
+    return Solution(h0, jnp.int32(0), jnp.int32(1), residual, status, converged)
 
 
-def _differentiated(
-    f: StepFn,
-    found: PyTree,
-    params: PyTree,
-    inputs: PyTree,
-    probe: AdjointReport | None,
-    backward: BackwardRule,
-    has_aux: bool = False,
-) -> Solution:
-    """The solution that was found, with the gradient of f's fixed point."""
-    given = isinstance(found, Solution)
-    solve = rbp_solve(
-        f, forward=FixedPointIteration(steps=0), backward=backward, has_aux=has_aux
-    )
-    solution = solve(params, inputs, found.value if given else found, probe)
-    if not given:
+def _with_given(solution: Solution, given: Solution | None) -> Solution:
+    """The measured solution with the steps, and the failure, that a solver told."""
+    if given is None:
         return solution
-    like = as_state(found.value)
-    found = apply_solver(lambda step, h0: found, lambda h: h, like)
-    either = lambda ours, theirs: jnp.where(found.converged, ours, theirs)
+    given = check_solution(
+        given._replace(value=solution.value), solution.value, "the solver"
+    )
+    either = lambda ours, theirs: jnp.where(given.converged, ours, theirs)
     return solution._replace(
-        num_steps=found.num_steps,
-        num_products=found.num_products,
-        status=either(solution.status, found.status),
-        converged=solution.converged & found.converged,
+        num_steps=given.num_steps,
+        num_products=given.num_products,
+        status=either(solution.status, given.status),
+        converged=solution.converged & given.converged,
     )
 
 
@@ -261,44 +291,45 @@ def _step(scale: PyTree, h: PyTree, residual: PyTree) -> PyTree:
 
 
 class _Round(NamedTuple):
-    """The solution so far, F's scale where the last round began, and the rounds."""
+    """The solution so far, the scale it was found with, that at it, and the rounds."""
 
     solution: Solution
+    used: PyTree
     scale: PyTree
     number: jax.Array
 
 
 def _root(
     solver: ForwardSolver, residual: Callable[[PyTree], PyTree], h0: PyTree
-) -> tuple[Solution, PyTree]:
-    """The root found from h0, and F's scale there."""
+) -> Solution:
+    """The root found from h0, in F's scale there: solved anew where it was another."""
 
-    def from_(h: PyTree) -> tuple[Solution, PyTree]:
-        scale = _scale(residual, h)
-        step = lambda u: _step(scale, u, residual(u))
-        return apply_solver(solver, step, h), scale
+    def solved(h: PyTree, scale: PyTree) -> Solution:
+        return apply_solver(solver, lambda u: _step(scale, u, residual(u)), h)
 
     def unfinished(now: _Round) -> jax.Array:
-        found = now.solution
-        moved = (found.num_steps > 0) & found.converged
-        return (now.number == 0) | (moved & (now.number < ROUNDS))
+        pairs = zip(jax.tree.leaves(now.used), jax.tree.leaves(now.scale), strict=True)
+        differ = lambda a, b: 2 * jnp.abs(a - b) > jnp.maximum(jnp.abs(a), jnp.abs(b))
+        other = jnp.any(jnp.stack([differ(a, b) for a, b in pairs]))
+        again = now.solution.converged & other & (now.number < ROUNDS)
+        return (now.number == 0) | again
 
-    def again(now: _Round) -> _Round:
-        before = now.solution
-        new, scale = from_(before.value)
+    def once(now: _Round) -> _Round:
+        before, scale = now.solution, now.scale
+        new = solved(before.value, scale)
         new = new._replace(
             num_steps=before.num_steps + new.num_steps,
             num_products=before.num_products + new.num_products,
         )
-        return _Round(new, scale, now.number + 1)
+        return _Round(new, scale, _scale(residual, new.value), now.number + 1)
 
-    # The loop is entered from nothing, so that the solver is compiled once.
-    types = jax.eval_shape(from_, h0)
-    nothing, scale = jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), types)
-    number = jnp.int32(0)
-    nothing, scale, number = sharding.vary_like((nothing, scale, number), h0)
-    start = _Round(nothing._replace(value=h0), scale, number)
-    return lax.while_loop(unfinished, again, start)[:2]
+    # The loop is entered without a solution, so that the solver is compiled once.
+    scale = _scale(residual, h0)
+    types = jax.eval_shape(solved, h0, scale)
+    nothing = jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), types)
+    nothing, number = sharding.vary_like((nothing, jnp.int32(0)), h0)
+    start = _Round(nothing._replace(value=h0), scale, scale, number)
+    return lax.while_loop(unfinished, once, start).solution
 
 
 def _scale(residual: Callable[[PyTree], PyTree], h: PyTree) -> PyTree:

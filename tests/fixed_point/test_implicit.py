@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.optimize
 
@@ -105,6 +106,8 @@ def test_mistakes_are_refused():
         rbp_fixed_point(f)("hybr")
     with pytest.raises(ValueError, match=r"rbp_root: `F` must be callable; got 3"):
         rbp_root(3)
+    with pytest.raises(ValueError, match=r"rbp_root: the solver.*got 3"):
+        rbp_root(f, solver=3)
     with pytest.raises(ValueError, match=r"CGNormal.*Newton\(CGNormal"):
         rbp_root(f, forward=rbpjax.CGNormal())
     with pytest.raises(ValueError, match=r"`h0`.*float64\[1\].*float64\[2\]"):
@@ -239,6 +242,46 @@ def test_a_minimum_is_the_root_of_a_gradient_with_aux():
     aux = lambda d: jax.grad(lambda d: run(d).aux)(d)
     envelope = jnp.sum(want[0] ** 2) / 2  # ∂loss/∂decay at the minimum
     np.testing.assert_allclose(aux(0.3), envelope, rtol=1e-9)
+
+
+def test_a_minimum_that_any_optimizer_found():
+    """Adam's weights, differentiated as the minimum: closed form, and SciPy's too."""
+    random = np.random.default_rng(0)
+    a, b = random.normal(size=(20, 4)), random.normal(size=20)
+    data = (jnp.asarray(a), jnp.asarray(b))
+
+    def loss(decay, data, w):
+        r = data[0] @ w - data[1]
+        return jnp.sum(r**2) / 2 + decay * jnp.sum(w**2) / 2
+
+    grad = jax.grad(loss, argnums=2)
+
+    def adam(decay, data, w):
+        optimizer = optax.adam(optax.exponential_decay(0.1, 100, 0.6))
+
+        def body(_, carry):
+            w, state = carry
+            updates, state = optimizer.update(grad(decay, data, w), state)
+            return optax.apply_updates(w, updates), state
+
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.lax.fori_loop(0, 4000, body, (w, optimizer.init(w)))[0]
+
+    def bfgs(decay, data, w):
+        fun = lambda w: np.asarray(grad(decay, data, jnp.asarray(w)))
+        return scipy.optimize.root(fun, np.asarray(w), tol=1e-14).x
+
+    closed = lambda decay: jnp.linalg.solve(a.T @ a + decay * jnp.eye(4), a.T @ b)
+    want = jax.grad(lambda d: closed(d).sum())(0.3)
+    for train in (adam, bfgs):
+        solve = rbp_root(grad, solver=train, backward=TIGHT)
+        value = lambda d, solve=solve: solve(d, data, jnp.zeros(4)).value
+        np.testing.assert_allclose(value(0.3), closed(0.3), rtol=1e-9)
+        got = jax.grad(lambda d, value=value: value(d).sum())(0.3)
+        np.testing.assert_allclose(got, want, rtol=1e-8)
+    told = lambda d, data, w: Solution(closed(d), 77, converged=False)
+    found = rbp_root(grad, solver=told)(0.3, data, jnp.zeros(4))
+    assert found.num_steps == 77 and not found.converged
 
 
 def test_a_root_composes_with_vmap_and_second_derivatives():
