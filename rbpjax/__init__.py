@@ -29,6 +29,7 @@ from rbpjax.fixed_point.forward.anderson import Anderson
 from rbpjax.fixed_point.forward.hybrid import Hybrid
 from rbpjax.fixed_point.forward.iteration import FixedPointIteration
 from rbpjax.fixed_point.forward.rre import RRE
+from rbpjax.fixed_point.implicit import from_args, rbp_fixed_point, rbp_root
 from rbpjax.fixed_point.newton import Newton
 from rbpjax.fixed_point.report import AdjointReport, value_and_grad_with_report
 from rbpjax.fixed_point.solve import rbp_jvp, rbp_solve, rbp_vjp
@@ -72,10 +73,13 @@ __all__ = [
     "bptt",
     "diagnose",
     "diagnostics",
+    "from_args",
     "online",
     "optimizer_step",
     "perturb",
+    "rbp_fixed_point",
     "rbp_jvp",
+    "rbp_root",
     "rbp_solve",
     "rbp_vjp",
     "regularizers",

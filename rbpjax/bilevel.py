@@ -35,13 +35,20 @@ def optimizer_step(
 
     Cost: one gradient of the loss a step, one Hessian-vector product a backward step.
     I - J is (for gradient descent) the step size times the Hessian: invertible where
-    that is, and as well conditioned. AD modes: all.
+    that is, and as well conditioned. But J is formed, and I - J rounded in units of
+    one: with a step size η and a Hessian's eigenvalue λ, ε / ηλ of the gradient is
+    lost, all of it at η = 1e-7 in float32. AD modes: all.
+
+    Where hyperparameters enter by the loss alone, differentiate its minimum instead,
+    whatever trained it (Adam, small steps, another library):
+    ``rbp_root(jax.grad(loss, argnums=2), solver=train)`` with
+    ``train(params, inputs, weights) -> weights``. Nothing is lost there.
 
     Args:
       loss: ``loss(params, inputs, weights) -> scalar``.
       make_optimizer: ``make_optimizer(params)`` is an optax transformation, which may
         depend on traced hyperparameters. Its state must be of floating-point arrays: a
-        step counter (Adam's, a schedule's) has no fixed point.
+        step counter (Adam's, a schedule's) has no fixed point; see above.
 
     Returns:
       ``f(params, inputs, h) -> h`` with ``h = (weights, state)``; the start is
@@ -82,9 +89,11 @@ def optimizer_step(
                 raise ValueError(
                     "optimizer_step: the optimizer's state must be of floating-point "
                     f"arrays; state{jax.tree_util.keystr(path)} is "
-                    f"{jnp.result_type(leaf)}. A counter never comes to rest: take "
-                    "one without, such as optax.sgd with a constant step size, or "
-                    "optax.rmsprop."
+                    f"{jnp.result_type(leaf)}. A counter never comes to rest. Train as "
+                    "you like and differentiate the minimum itself: rbp_root(jax.grad("
+                    "loss, argnums=2), solver=train)(params, inputs, weights), with "
+                    "train(params, inputs, weights) -> weights; or take an optimizer "
+                    "without one: optax.sgd with a constant step size."
                 )
         grads = jax.grad(loss, argnums=2)(params, inputs, weights)
         updates, state = make_optimizer(params).update(grads, state, weights)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
+from jax import export
 
 if TYPE_CHECKING:
     from rbpjax.fixed_point.report import AdjointReport
@@ -82,7 +83,8 @@ class Solution(NamedTuple):
     converged: ``Solution(value=h, converged=done)``.
 
     Attributes:
-      value: the state; same pytree as the start. The only differentiable field.
+      value: the state; same pytree as the start. With ``aux`` the only differentiable
+        field.
       num_steps: number of steps taken, an int32 scalar.
       num_products: evaluations of f (for a fixed point), products with J or Jᵀ (for an
         adjoint; Newton's solver has both), an int32 scalar. Those that measure the
@@ -91,6 +93,8 @@ class Solution(NamedTuple):
         ‖f(h) - h‖ / max(‖h‖, ‖f(h)‖); for an adjoint ‖g + Jᵀz - z‖ / ‖g‖.
       status: why the solver stopped, a ``Status`` as an int32 scalar.
       converged: whether the solver reached its tolerance, a bool scalar.
+      aux: what f returned beside the state at ``value``, where it was asked for with
+        ``has_aux=True``; differentiable, too. None elsewhere.
 
     Example:
       >>> import jax.numpy as jnp
@@ -109,6 +113,11 @@ class Solution(NamedTuple):
     residual: jax.Array = None  # pyrefly: ignore[bad-assignment]
     status: jax.Array = None  # pyrefly: ignore[bad-assignment]
     converged: jax.Array = None  # pyrefly: ignore[bad-assignment]
+    aux: PyTree = None
+
+
+# A function that returns a solution can be exported and saved (``jax.export``).
+export.register_namedtuple_serialization(Solution, serialized_name="rbpjax.Solution")
 
 
 class Solve(Protocol):

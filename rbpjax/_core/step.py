@@ -11,7 +11,7 @@ from jax import lax
 from jax.extend import core
 
 from rbpjax._core import sharding
-from rbpjax.types import PyTree, StepFn
+from rbpjax.types import PyTree, Solution, StepFn
 
 ClosedStep = Callable[[PyTree, PyTree], PyTree]
 """A step function with its parameters in one pytree: (args, h) -> h."""
@@ -37,15 +37,25 @@ def convert(f: Callable[..., PyTree], *examples: PyTree) -> Closed:
     """Full closure conversion of ``f`` for arguments like ``examples``; traces it once.
 
     Without it ``custom_vjp`` could not give the arrays that f closes over gradients.
+    Leaves that are no arrays (functions, strings) are f's as they are in the examples;
+    ``call`` may be given None in their place.
     """
+    leaves, treedef = jax.tree.flatten(examples)
+    arrays = [leaf for leaf in leaves if is_array(leaf)]
+
     # A function of its own for each trace: JAX remembers traces by function, and what f
     # reads from outside may have changed since.
-    jaxpr, out = jax.make_jaxpr(lambda *args: f(*args), return_shape=True)(*examples)
-    treedef = jax.tree.structure(out)
+    def of_arrays(arrays: list) -> PyTree:
+        rest = iter(arrays)
+        filled = [next(rest) if is_array(leaf) else leaf for leaf in leaves]
+        return f(*jax.tree.unflatten(treedef, filled))
+
+    jaxpr, out = jax.make_jaxpr(of_arrays, return_shape=True)(arrays)
 
     def call(consts: tuple, *args: PyTree) -> PyTree:
         run = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr.jaxpr, consts))
-        return jax.tree.unflatten(treedef, run(*jax.tree.leaves(args)))
+        values = run(*filter(is_array, jax.tree.leaves(args)))
+        return jax.tree.unflatten(jax.tree.structure(out), values)
 
     return Closed(
         call, tuple(jaxpr.consts), out, sharding.varying_axes(jaxpr.out_avals)
@@ -55,13 +65,14 @@ def convert(f: Callable[..., PyTree], *examples: PyTree) -> Closed:
 def close(
     f: StepFn, params: PyTree, inputs: PyTree, h: PyTree
 ) -> tuple[ClosedStep, PyTree, PyTree]:
-    """``(step, args, h)`` with f = step(args, ·), all that f uses in ``args``.
+    """``(step, args, h)`` with f = step(args, ·), all arrays that f uses in ``args``.
 
-    h is checked against f's output, and its leaves made strongly typed arrays.
+    h is checked against f's output, and its leaves made strongly typed arrays. In
+    ``args`` None stands for the leaves of params and inputs that are no arrays.
     """
     h = as_state(h)
     closed = convert(f, params, inputs, h)
-    check_like(closed.out, h, "`f`'s output", "`h0`")
+    _check_step(closed.out, h)
     if closed.varies - sharding.varying_axes(map(jax.typeof, jax.tree.leaves(h))):
         # Inside shard_map, f's output varies where h did not.
         h = sharding.vary(h, closed.varies)
@@ -71,7 +82,33 @@ def close(
         consts, params, inputs = args
         return sharding.vary_like(closed.call(consts, params, inputs, h), h)
 
-    return step, (closed.consts, params, inputs), h
+    return step, (closed.consts, only_arrays(params), only_arrays(inputs)), h
+
+
+def select_state(f: Callable[..., PyTree]) -> StepFn:
+    """The step function of an ``f`` that returns (h, aux)."""
+    return lambda params, inputs, h: _state_and_aux(f, params, inputs, h)[0]
+
+
+def with_aux(
+    f: Callable[..., PyTree], params: PyTree, inputs: PyTree, solution: Solution
+) -> Solution:
+    """The solution with aux, of one evaluation more of an ``f`` -> (h, aux)."""
+    _, aux = _state_and_aux(f, params, inputs, solution.value)
+    return solution._replace(aux=aux)
+
+
+def _state_and_aux(
+    f: Callable[..., PyTree], params: PyTree, inputs: PyTree, h: PyTree
+) -> tuple[PyTree, PyTree]:
+    """What an ``f`` with ``has_aux`` returns, or ValueError if it is no pair."""
+    made = f(params, inputs, h)
+    if not (isinstance(made, tuple) and len(made) == 2):
+        raise ValueError(
+            "`f` must return a pair (h, aux) where has_aux=True; got "
+            f"{type(made).__name__}. Return (h, aux), or leave has_aux out."
+        )
+    return made
 
 
 def as_state(h: PyTree, name: str = "h0", *, mixed: bool = False) -> PyTree:
@@ -90,8 +127,7 @@ def check_like(
     like: PyTree,
     name: str,
     like_name: str,
-    remedy: str = "A step that returns (h, output) must select h; one that promotes "
-    "the dtype must cast its result back.",
+    remedy: str = "",
 ) -> None:
     """Raises ValueError unless both have the same structure, shapes and dtypes."""
     show = lambda t: jax.tree.map(lambda a: jax.typeof(a).str_short(), t)
@@ -104,8 +140,45 @@ def check_like(
     if not same:
         raise ValueError(
             f"{name} must have the structure, shapes and dtypes of {like_name}; got "
-            f"{shown} for {show(like)}. {remedy}"
+            f"{shown} for {show(like)}.{remedy and ' '}{remedy}"
         )
+
+
+def _check_step(out: PyTree, h: PyTree) -> None:
+    """Raises ValueError unless f's output is like the state, with the line to write."""
+    remedy = "A step that returns (h, output) must select h, or say has_aux=True."
+    if jax.tree.structure(out) == jax.tree.structure(h):
+        pairs = list(zip(jax.tree.leaves(out), jax.tree.leaves(h), strict=True))
+        if all(a.shape == b.shape for a, b in pairs):  # the dtype alone
+            one = jax.tree.structure(h) == jax.tree.structure(0)
+            start, back = (
+                (f"h0.astype('{out.dtype}')", "return new.astype(h.dtype)")
+                if one
+                else (
+                    "jax.tree.map(lambda a, b: a.astype(b.dtype), h0, "
+                    "f(params, inputs, h0))",
+                    "return jax.tree.map(lambda a, b: a.astype(b.dtype), new, h)",
+                )
+            )
+            remedy = (
+                "f changes the dtype. To solve in that of its output, start from "
+                f"`{start}`; to solve in that of h0, cast at the end of f: `{back}`."
+            )
+    check_like(out, h, "`f`'s output", "`h0`", remedy)
+
+
+def is_array(x: object) -> bool:
+    """Whether JAX takes ``x`` for an array: Python numbers and keys, no functions."""
+    try:
+        jax.typeof(x)
+    except TypeError:
+        return False
+    return True
+
+
+def only_arrays(tree: PyTree) -> PyTree:
+    """``tree`` with None in place of the leaves that are no arrays."""
+    return jax.tree.map(lambda x: x if is_array(x) else None, tree)
 
 
 def floats(tree: PyTree) -> PyTree:

@@ -343,7 +343,7 @@ def check_solution(solution: object, like: PyTree, source: str) -> Solution:
             f"{source} must return rbpjax.Solution(value=…, converged=…, …); got "
             f"{type(solution).__name__}."
         )
-    value, steps, products, residual, status, converged = solution
+    value, steps, products, residual, status, converged, _ = solution
     check_like(value, like, f"the value returned by {source}", "the start")
     if status is None and converged is None:
         raise ValueError(

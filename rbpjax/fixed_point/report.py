@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import export, lax
 
 from rbpjax._core import sharding, tree
-from rbpjax._core.step import check_like
+from rbpjax._core.step import check_like, floats, merge, only_arrays
 from rbpjax.types import PyTree, Solution
 
 
@@ -76,22 +77,41 @@ class AdjointReport(NamedTuple):
         return cls(*(jnp.zeros(shape) for _ in cls._fields[:-1]), adjoint=adjoint)
 
 
+# A function that returns a report can be exported and saved (``jax.export``).
+export.register_namedtuple_serialization(
+    AdjointReport, serialized_name="rbpjax.AdjointReport"
+)
+
+
 def value_and_grad_with_report(
     loss: Callable[..., PyTree],
     argnums: int | tuple[int, ...] = 0,
     has_aux: bool = False,
+    allow_int: bool = False,
 ) -> Callable[..., tuple[PyTree, PyTree, AdjointReport]]:
     """``jax.value_and_grad`` that also returns the report of the adjoint solve.
+
+    Leaves that have no gradient may stand beside such that have: in a module's random
+    state, a sparse matrix's indices, an activation among the parameters. They are set
+    aside; in the gradient float0 stands for an integer or key, as with ``allow_int``,
+    and None for what is no array. (Of an nnx module whose calls change it, and for
+    nnx filters, take ``rbpjax.nn.value_and_grad_with_report``.)
 
     Args:
       loss: scalar function that takes ``probe`` as keyword and hands it to a solve.
       argnums: as in ``jax.value_and_grad``.
       has_aux: as in ``jax.value_and_grad``.
+      allow_int: as in ``jax.value_and_grad``: whether an argument may have integers
+        alone.
 
     Returns:
       ``(*args, probe=None, **kwargs) -> (value, grads, report)``. Several solves with
       one probe add their reports up. A report of zeros says that no adjoint was solved.
       A probe with an ``adjoint``, such as the report of the last step, is a warm start.
+
+    Raises:
+      TypeError: as ``jax.value_and_grad``, if there is no argument of such a number, or
+        one without a leaf that has a gradient.
 
     Example:
       >>> import jax.numpy as jnp
@@ -112,19 +132,38 @@ def value_and_grad_with_report(
     def with_report(
         *args: PyTree, probe: AdjointReport | None = None, **kwargs: PyTree
     ) -> tuple[PyTree, PyTree, AdjointReport]:
-        def probed(probe: AdjointReport, *args: PyTree) -> PyTree:
-            return loss(*args, probe=probe, **kwargs)
+        single = not isinstance(argnums, tuple | list)
+        numbers = [argnums] if single else argnums
+        wanted = [position(number, len(args)) for number in numbers]
 
-        single = isinstance(argnums, int)
-        wanted = tuple(
-            i % len(args) + 1 for i in ((argnums,) if single else tuple(argnums))
+        def probed(probe: AdjointReport, arrays: list) -> PyTree:
+            given = list(args)
+            for i, tree_of_arrays in zip(wanted, arrays, strict=True):
+                given[i] = merge(tree_of_arrays, args[i])
+            return loss(*given, probe=probe, **kwargs)
+
+        arrays = [only_arrays(args[i]) for i in wanted]
+        beside = all(
+            jax.tree.leaves(floats(a)) or not jax.tree.leaves(a) for a in arrays
         )
-        value, (report, *grads) = jax.value_and_grad(
-            probed, argnums=(0, *wanted), has_aux=has_aux
-        )(AdjointReport.zeros() if probe is None else probe, *args)
+        value, (report, grads) = jax.value_and_grad(
+            probed, argnums=(0, 1), has_aux=has_aux, allow_int=allow_int or beside
+        )(AdjointReport.zeros() if probe is None else probe, arrays)
         return value, grads[0] if single else tuple(grads), report
 
     return with_report
+
+
+def position(number: int, count: int) -> int:
+    """The argument's number from the front, or what JAX raises if there is none."""
+    number = operator.index(number)
+    if not -count <= number < count:
+        raise TypeError(
+            f"differentiating with respect to argnums={number} requires at least "
+            f"{number + 1 if number >= 0 else -number} positional arguments to be "
+            f"passed by the caller, but got only {count} positional arguments."
+        )
+    return number % count
 
 
 def as_probe(probe: AdjointReport | None, h: PyTree) -> AdjointReport | None:

@@ -29,7 +29,14 @@ from jax import lax
 
 from rbpjax._core import tree
 from rbpjax._core.convolution import channels_last
-from rbpjax._core.step import ClosedStep, check_like, close
+from rbpjax._core.step import (
+    ClosedStep,
+    check_like,
+    close,
+    only_arrays,
+    select_state,
+    with_aux,
+)
 from rbpjax.fixed_point.backward.adaptive import Adaptive
 from rbpjax.fixed_point.backward.rule import apply_rule, check_rule
 from rbpjax.fixed_point.forward.hybrid import Hybrid
@@ -47,6 +54,19 @@ from rbpjax.types import (
 # A solver of a closed step's fixed point from a start, which may be any pytree:
 # (step, args, start) -> Solution.
 ClosedSolver = Callable[[ClosedStep, PyTree, PyTree], Solution]
+
+
+_NO_FORWARD_MODE = (
+    "rbp_solve is a custom_vjp function: jax.jvp, jacfwd and jax.hessian do not apply "
+    "to it. For a directional derivative write `rbp_jvp(f, params, inputs, h_star, "
+    "(params_dot, inputs_dot)).value`, for a Jacobian `jax.jacrev(...)`, for a Hessian "
+    "`jax.jacrev(jax.grad(loss))`."
+)
+
+
+def _of_forward_mode(error: TypeError) -> bool:
+    """Whether it is JAX's refusal of forward mode through a ``custom_vjp``."""
+    return str(error).startswith("can't apply forward-mode")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -101,6 +121,7 @@ def rbp_solve(
     *,
     forward: ForwardSolver = Hybrid(),
     backward: BackwardRule = Adaptive(),
+    has_aux: bool = False,
 ) -> Solve:
     """Transforms a step function into a differentiable solver of its fixed point.
 
@@ -129,14 +150,19 @@ def rbp_solve(
     AD modes: reverse, to every order (``jax.grad`` of ``jax.grad``, ``jacrev``);
     ``jax.jvp`` and ``jacfwd`` raise TypeError, use ``rbp_jvp``. Composes with ``jit``,
     ``vmap``, ``scan``, ``remat``, ``shard_map``. f may close over arrays, traced ones
-    and modules too, and they receive gradients; integers and PRNG keys may be anywhere
-    in params and inputs. What a step computes besides the state, evaluate at the
-    solution's value again: it is then differentiated like any function.
+    and modules too, and they receive gradients; integers, PRNG keys and what is no
+    array (functions, strings) may be anywhere in params and inputs. Outside ``jit``, f
+    is read at each call as it then is.
+
+    What a step computes besides the state comes out with ``has_aux``: f returns
+    (h, aux), and ``Solution.aux`` is that of one evaluation more, at h*, differentiated
+    like any function.
 
     Args:
       f: step function ``f(params, inputs, h) -> h``.
       forward: solver called as ``forward(step, h0)``; any ``ForwardSolver``.
       backward: rule called as ``backward(vjp, cotangent)``; any ``BackwardRule``.
+      has_aux: whether f returns a pair ``(h, aux)``, aux any pytree of arrays.
 
     Returns:
       ``solve(params, inputs, h0, probe=None) -> Solution``, where ``h0`` is a pytree of
@@ -176,8 +202,20 @@ def rbp_solve(
     check_solver(forward)
     check_rule(backward)
 
+    state_of = select_state(f) if has_aux else f
+
     def forward_solver(step: ClosedStep, args: PyTree, start: PyTree) -> Solution:
-        return apply_solver(forward, channels_last(partial(step, args), start), start)
+        once = channels_last(partial(step, args), start)
+        try:
+            return apply_solver(forward, once, start)
+        except TypeError as error:
+            if not _of_forward_mode(error):
+                raise
+            raise TypeError(
+                f"{forward!r} needs products with J, and f holds a function with a "
+                "backward pass of its own (custom_vjp), which has none. Take a solver "
+                "that only evaluates f, such as Anderson()."
+            ) from error
 
     def solve(
         params: PyTree,
@@ -186,11 +224,17 @@ def rbp_solve(
         probe: AdjointReport | None = None,
     ) -> Solution:
         """Solves h* = f(params, inputs, h*) from h0."""
-        step, args, h0 = close(f, params, inputs, h0)
+        step, args, h0 = close(state_of, params, inputs, h0)
         probe = as_probe(probe, h0)
-        solution = _solve(step, forward_solver, backward, args, h0, probe)
+        try:
+            solution = _solve(step, forward_solver, backward, args, h0, probe)
+        except TypeError as error:
+            if not _of_forward_mode(error):
+                raise
+            raise TypeError(_NO_FORWARD_MODE) from error
         value, *diagnostics = solution
-        return Solution(value, *map(lax.stop_gradient, diagnostics))
+        solution = Solution(value, *map(lax.stop_gradient, diagnostics))
+        return with_aux(f, params, inputs, solution) if has_aux else solution
 
     return solve
 
@@ -215,7 +259,8 @@ def rbp_vjp(
 
     Args:
       f: step function ``f(params, inputs, h) -> h``.
-      params: pytree; integer leaves get float0 cotangents, as in ``jax.vjp``.
+      params: pytree; integer leaves get float0 cotangents, as in ``jax.vjp``, and
+        leaves that are no arrays None.
       inputs: pytree, likewise.
       h_star: the fixed point, a pytree of floating-point arrays.
       cotangent: g, a pytree like ``h_star``.
@@ -273,10 +318,11 @@ def rbp_jvp(
 
     Args:
       f: step function ``f(params, inputs, h) -> h``.
-      params: pytree of floating-point arrays.
-      inputs: pytree of floating-point arrays.
+      params: pytree of floating-point arrays; leaves that are no arrays are set aside.
+      inputs: pytree, likewise.
       h_star: the fixed point.
-      tangents: ``(params_dot, inputs_dot)``, pytrees like params and inputs.
+      tangents: ``(params_dot, inputs_dot)``, pytrees like params and inputs, with
+        anything or None in place of the leaves that are no arrays.
       backward: any ``BackwardRule``.
 
     Returns:
@@ -301,6 +347,6 @@ def rbp_jvp(
     step, args, h_star = close(f, params, inputs, h_star)
     consts, params, inputs = args
     drive = lambda p, x: step((consts, p, x), h_star)
-    _, h_dot = jax.jvp(drive, (params, inputs), tangents)
+    _, h_dot = jax.jvp(drive, (params, inputs), only_arrays(tuple(tangents)))
     _, jvp = jax.linearize(partial(step, args), h_star)
     return apply_rule(backward, jvp, h_dot)

@@ -10,7 +10,7 @@ from jax import lax
 
 from rbpjax._core import tree
 from rbpjax._core.convolution import channels_last
-from rbpjax._core.step import ClosedStep, close
+from rbpjax._core.step import ClosedStep, close, select_state, with_aux
 from rbpjax.fixed_point.iterate import judged
 from rbpjax.fixed_point.report import AdjointReport
 from rbpjax.types import PyTree, Solution, Solve, StepFn
@@ -22,6 +22,7 @@ def bptt(
     *,
     truncation: int | None = None,
     remat: bool | int = False,
+    has_aux: bool = False,
 ) -> Solve:
     """Back-propagation through time: the gradient of ``num_steps`` steps, or the last.
 
@@ -44,6 +45,8 @@ def bptt(
         them if ``None``.
       remat: ``True`` to checkpoint in segments of about the root of as many steps, or
         the length of a segment.
+      has_aux: whether f returns a pair ``(h, aux)``; ``Solution.aux`` is then that of
+        one evaluation more, at the last state, as with ``rbp_solve``.
 
     Returns:
       ``solve(params, inputs, h0, probe=None) -> Solution`` with the last state as
@@ -79,6 +82,7 @@ def bptt(
         limit = "num_steps" if truncation is None else "truncation"
         _check_steps("remat", remat, 1, length, limit)
         segment = remat
+    state_of = select_state(f) if has_aux else f
 
     def solve(
         params: PyTree,
@@ -87,7 +91,7 @@ def bptt(
         probe: AdjointReport | None = None,
     ) -> Solution:
         """The state after num_steps steps from h0."""
-        step, args, h = close(f, params, inputs, h0)
+        step, args, h = close(state_of, params, inputs, h0)
         if length < num_steps:
             # All that enters is constant: nothing of these steps is stored.
             fixed, start = lax.stop_gradient((args, h))
@@ -97,7 +101,8 @@ def bptt(
             segments = length // segment
             h, _ = lax.scan(lambda h, _: (full(args, h), None), h, length=segments)
         h = _run(step, args, h, length % segment if segment else length)
-        return _unrolled(step, args, h, num_steps)
+        solution = _unrolled(step, args, h, num_steps)
+        return with_aux(f, params, inputs, solution) if has_aux else solution
 
     return solve
 

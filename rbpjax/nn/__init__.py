@@ -2,7 +2,8 @@
 
 * ``FixedPoint``: any cell as an implicit layer;
 * ``GraphCell``, on a ``Graph`` such as ``normalized_adjacency`` makes: a contraction;
-* ``UnitaryRNN``: the unitary cell over a sequence.
+* ``UnitaryRNN``: the unitary cell over a sequence;
+* ``value_and_grad_with_report``: as that of rbpjax, with nnx filters and mutable state.
 
 Example:
   >>> import jax.numpy as jnp, numpy as np
@@ -17,6 +18,14 @@ Example:
 
 from rbpjax.nn.graph import Graph, GraphCell, normalized_adjacency
 from rbpjax.nn.implicit import FixedPoint
+from rbpjax.nn.report import value_and_grad_with_report
 from rbpjax.nn.unitary import UnitaryRNN
 
-__all__ = ["FixedPoint", "Graph", "GraphCell", "UnitaryRNN", "normalized_adjacency"]
+__all__ = [
+    "FixedPoint",
+    "Graph",
+    "GraphCell",
+    "UnitaryRNN",
+    "normalized_adjacency",
+    "value_and_grad_with_report",
+]

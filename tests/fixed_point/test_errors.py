@@ -225,11 +225,21 @@ def test_errors_come_while_tracing():
 def test_forward_mode_raises_type_error(transform):
     """As documented, jvp and jacfwd through rbp_solve raise; rbp_jvp is the way."""
     value = lambda a: rbpjax.rbp_solve(step)(a, X, H).value
-    with pytest.raises(TypeError, match="custom_vjp"):
+    with pytest.raises(TypeError, match=r"custom_vjp.*write `rbp_jvp"):
         jax.jvp(value, (A,), (A,)) if transform is jax.jvp else jax.jacfwd(value)(A)
     h_dot = rbpjax.rbp_jvp(step, A, X, value(A), (A, 0 * X)).value
     # h* = x / (1 - a): ∂h*/∂a · a = a x / (1 - a)²
     assert jnp.abs(h_dot - 2.0).max() < 1e-10
+
+
+def test_a_solver_that_needs_what_f_has_not_is_named():
+    """Newton of an f with a backward pass of its own: not called forward mode."""
+    own = jax.custom_vjp(lambda h: h)
+    own.defvjp(lambda h: (h, None), lambda _, g: (g,))
+    f = lambda a, x, h: a * own(h) + x
+    newton = rbpjax.rbp_solve(f, forward=rbpjax.Newton())
+    with pytest.raises(TypeError, match=r"Newton\(\) needs products with J.*Anderson"):
+        newton(A, X, H)
 
 
 def test_methods_share_one_call():
