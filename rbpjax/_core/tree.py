@@ -69,7 +69,7 @@ def divide(x: PyTree, a: jax.Array) -> PyTree:
     def leaf(u: jax.Array) -> jax.Array:
         if jnp.iscomplexobj(u):
             return lax.complex(leaf(u.real), leaf(u.imag))
-        wide = _wide(u)
+        wide = widen(u)
         return (wide / a.astype(wide.dtype)).astype(u.dtype)
 
     return jax.tree.map(leaf, x)

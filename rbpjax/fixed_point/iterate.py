@@ -324,6 +324,11 @@ def check_solver(solver: ForwardSolver) -> None:
         )
 
 
+def no_forward_mode(error: TypeError) -> bool:
+    """Whether it is JAX's refusal of forward mode through a ``custom_vjp``."""
+    return str(error).startswith("can't apply forward-mode")
+
+
 def first_parameter(function: Callable) -> str | None:
     """The name of the first parameter: by it solvers and rules are told apart."""
     try:

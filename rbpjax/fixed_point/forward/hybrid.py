@@ -14,7 +14,13 @@ from rbpjax._core.strategy import count, strategy, tolerance
 from rbpjax.fixed_point.arnoldi import Krylov, arnoldi
 from rbpjax.fixed_point.forward.anderson import Anderson
 from rbpjax.fixed_point.forward.iteration import FixedPointIteration
-from rbpjax.fixed_point.iterate import Look, Search, error_tol, ratio
+from rbpjax.fixed_point.iterate import (
+    Look,
+    Search,
+    error_tol,
+    no_forward_mode,
+    ratio,
+)
 from rbpjax.types import PyTree, Solution
 
 MEMORY = 5
@@ -115,11 +121,18 @@ class Hybrid:
             good=jnp.ones_like(plain.good),
         )
         anderson = Anderson(max_steps=self.max_steps, memory=MEMORY)
-        search, k = anderson.run(scaled, search, k, tol, WAIT)
-        end = newton_krylov(
-            scaled, inwards(h0), search, k, tol, self.max_steps, plain.done
-        )
-        found = end.search.solution(end.k, tol, self.max_steps)
+        try:
+            first, spent = anderson.run(scaled, search, k, tol, WAIT)
+            end = newton_krylov(
+                scaled, inwards(h0), first, spent, tol, self.max_steps, plain.done
+            )
+            found = end.search.solution(end.k, tol, self.max_steps)
+        except TypeError as error:
+            if not no_forward_mode(error):
+                raise
+            # A step with a backward pass of its own (custom_vjp) has no product with J.
+            only, spent = anderson.run(scaled, search, k, tol)
+            found = only.solution(spent, tol, self.max_steps)
         return found._replace(value=outwards(found.value))
 
 
