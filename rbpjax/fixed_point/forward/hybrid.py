@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rbpjax._core import tree
+from rbpjax._core.step import has_products
 from rbpjax._core.strategy import count, strategy, tolerance
 from rbpjax.fixed_point.arnoldi import Krylov, arnoldi
 from rbpjax.fixed_point.forward.anderson import Anderson
@@ -18,7 +19,6 @@ from rbpjax.fixed_point.iterate import (
     Look,
     Search,
     error_tol,
-    no_forward_mode,
     ratio,
 )
 from rbpjax.types import PyTree, Solution
@@ -121,19 +121,43 @@ class Hybrid:
             good=jnp.ones_like(plain.good),
         )
         anderson = Anderson(max_steps=self.max_steps, memory=MEMORY)
-        try:
-            first, spent = anderson.run(scaled, search, k, tol, WAIT)
-            end = newton_krylov(
-                scaled, inwards(h0), first, spent, tol, self.max_steps, plain.done
-            )
-            found = end.search.solution(end.k, tol, self.max_steps)
-        except TypeError as error:
-            if not no_forward_mode(error):
-                raise
-            # A step with a backward pass of its own (custom_vjp) has no product with J.
-            only, spent = anderson.run(scaled, search, k, tol)
-            found = only.solution(spent, tol, self.max_steps)
+        if not has_products(step, h0):
+            search, k = anderson.run(scaled, search, k, tol)
+            found = search.solution(k, tol, self.max_steps)
+            return found._replace(value=outwards(found.value))
+        # Where f computes in a lower precision than its state, that is the goal.
+        noise = _noise(scaled, search.value)
+        goal = jnp.maximum(tol, 4 * noise)
+        settled = plain.done | (search.residual <= 4 * noise)
+        search = search._replace(good=~settled)
+        search, k = anderson.run(scaled, search, k + 4, goal, WAIT)
+        end = newton_krylov(
+            scaled, inwards(h0), search, k, goal, self.max_steps, settled
+        )
+        end = end._replace(
+            search=end.search._replace(done=end.search.done & ~(noise > tol))
+        )
+        found = end.search.solution(end.k, goal, self.max_steps)
         return found._replace(value=outwards(found.value))
+
+
+def _noise(step: Callable[[PyTree], PyTree], h: PyTree) -> jax.Array:
+    """The relative rounding error of f, where it is larger than the state's own.
+
+    What f(h + d) - f(h) - Jd is: it falls with the square of d unless it is rounding.
+    Four evaluations or products.
+    """
+    image, jvp = jax.linearize(step, h)
+    root = tree.coarsest_eps(h) ** 0.5
+
+    def remainder(length: float) -> jax.Array:
+        d = tree.scale(length / tree.coarsest_eps(h), _rounding(h))
+        linear = tree.add(image, jvp(d))
+        look = Look.near_one(step(tree.add(h, d)), linear)
+        return look.residual(jnp.ones_like(look.size), tree.coarsest_eps(h))
+
+    far, near = remainder(root), remainder(root / 4)
+    return jnp.where(near > far / 4, near, 0)
 
 
 def newton_krylov(
