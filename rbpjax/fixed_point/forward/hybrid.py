@@ -28,7 +28,7 @@ MEMORY = 5
 PATIENCE = 30
 """Plain steps that are worth waiting for."""
 DIMENSION = 30
-"""Of the Krylov space, for states of up to 2¹⁷ numbers; fewer for larger ones."""
+"""Of the Krylov space; the whole one for up to 60 numbers, fewer from 2¹⁷ on."""
 SHORTEST = 2.0**-10
 """Of a step; a direction that is no better so near is wrong."""
 WAIT = 150
@@ -177,7 +177,8 @@ def newton_krylov(
     numbers = sum(
         u.size * (2 if jnp.iscomplexobj(u) else 1) for u in jax.tree.leaves(h0)
     )
-    dimension = min(numbers, DIMENSION, max(8, DIMENSION * 2**17 // numbers))
+    dimension = min(DIMENSION, max(8, DIMENSION * 2**17 // numbers))
+    dimension = numbers if numbers <= 2 * DIMENSION else dimension
 
     def unfinished(now: _State) -> jax.Array:
         more = (now.k <= max_steps) & (now.attempt < ATTEMPTS)
@@ -186,6 +187,11 @@ def newton_krylov(
     def body(now: _State) -> _State:
         image, jvp = jax.linearize(step, now.h)
         look = Look.near_one(image, now.h)
+        # Where terms of f cancel, rounding is that of the terms: leaves are measured by
+        # what passes through J, too.
+        terms = jvp(tree.scale(1 / eps, _rounding(now.h)))
+        flow = Look.near_one(terms, tree.scale(0.0, terms)).size
+        look = look._replace(size=jnp.maximum(look.size, flow))
         residual = now.search.residual_at(look, now.h)
         merit = look.merit(now.search.units)
         rounding = eps * jnp.linalg.norm(look.size)
@@ -214,7 +220,7 @@ def newton_krylov(
         certain = (error <= error_tol(tol)) & (krylov.left <= 0.9)
         done = better & (residual <= tol) & certain
 
-        k = now.k + 1
+        k = now.k + 2
         search = now.search.looked(look, now.h, k, done)
         k += krylov.dim
         gained = better & (fresh | (merit < 0.7 * now.mark))
