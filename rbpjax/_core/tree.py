@@ -96,7 +96,7 @@ def scale_leaves(scales: jax.Array, x: PyTree) -> PyTree:
 
     def leaf(a: jax.Array, u: jax.Array) -> jax.Array:
         wide = widen(u)
-        return a.astype(wide.real.dtype) * wide
+        return a.astype(wide.dtype) * wide
 
     leaves, treedef = jax.tree.flatten(x)
     pairs = zip(scales, leaves, strict=True)

@@ -72,7 +72,7 @@ def arnoldi(product: LinearMap, v: PyTree, size: int, enough: jax.Array) -> Kryl
             tree.put(now.basis, j + 1, tree.where(finite, w, tree.take(now.basis, 0))),
             now.hessenberg.at[:, j].set(column),
             now.null.at[j + 1].set(next_null),
-            j + finite,
+            j + finite.astype(j.dtype),
         )
 
     return lax.while_loop(unfinished, body, first)

@@ -82,7 +82,9 @@ def error_bound(
 
     # As far as the fixed point may be: by the residual, and by rounding.
     error = jax.tree.map(
-        lambda x, y, sign: x + precision.astype(x.dtype) * sign * jnp.abs(y),
+        lambda x, y, sign: (
+            x + precision.astype(x.dtype) * sign * jnp.abs(y).astype(x.dtype)
+        ),
         q,
         image,
         noise,

@@ -231,7 +231,7 @@ def newton_krylov(
         # A state as good as rounding allows is not bettered by other attempts.
         final = ~better & (search.residual <= tol)
         over = (length < SHORTEST) | (k - since > WAIT) | (fresh & ~better)
-        attempt = now.attempt + over
+        attempt = now.attempt + over.astype(jnp.int32)
         again = tree.where(attempt == 1, begin.base, h0)
         return _State(
             h=tree.where(over, again, tree.axpy(length, direction, base)),
@@ -281,7 +281,7 @@ def _least_squares(
 ) -> tuple[jax.Array, jax.Array]:
     """Y of least ‖β e₁ - (H + shift I) y‖, and the smallest singular value of that."""
     rows, columns = krylov.hessenberg.shape
-    used = jnp.arange(columns) < krylov.dim
+    used = jnp.arange(columns, dtype=krylov.dim.dtype) < krylov.dim
     diagonal = jnp.eye(rows, columns, dtype=beta.dtype) * jnp.where(used, shift, 0)
     u, s, vt = jnp.linalg.svd(krylov.hessenberg + diagonal, full_matrices=False)
     kept = used & (s > 10 * float(jnp.finfo(s.dtype).eps) * s[0])

@@ -137,7 +137,8 @@ class FixedPointIteration:
         zero = sharding.vary_like(jnp.int32(0), h0)
         search = Search.begin(h0)
         unknown = -jnp.ones_like(search.residual)
-        start = Iterates(h0, h0, zero, zero, zero, -unknown, unknown, search)
+        due = zero + (self.check_every or 1)
+        start = Iterates(h0, h0, zero, due, zero, -unknown, unknown, search)
         return lax.while_loop(unfinished, body, start)
 
     def _mix(self, image: PyTree, h: PyTree) -> PyTree:

@@ -110,10 +110,8 @@ class RRE:
             h = now.h
             for i in range(m):
                 h = tree.axpy(-gamma[i], tree.take(now.rows, i + 1), h)
-            leap = Look.at(h, now.h)
-            reach = reached(
-                h, now.h, leap._replace(change=now.search.change), now.reach
-            )
+            last = Look.at(tree.add(now.h, tree.take(now.rows, m)), now.h)
+            reach = reached(h, now.h, last, now.reach)
             return now._replace(h=h, reach=reach)
 
         search = Search.begin(h0)
