@@ -12,6 +12,7 @@ from rbpjax._core import tree
 from rbpjax._core.strategy import count, strategy, tolerance
 from rbpjax.fixed_point.backward.bicgstab import BiCGSTAB
 from rbpjax.fixed_point.backward.cg_normal import CGNormal
+from rbpjax.fixed_point.backward.gmres import GMRES
 from rbpjax.fixed_point.backward.rule import Progress, System, add_terms
 from rbpjax.fixed_point.iterate import next_look
 from rbpjax.types import LinearMap, PyTree, Solution
@@ -38,9 +39,14 @@ class Adaptive:
     2. BiCGSTAB, which does not need ρ(J) < 1 nor squares the condition number, but may
        stagnate. If it does, the series goes on for as long as it contracts, up to half
        of the budget, and BiCGSTAB after it;
-    3. CG on the normal equations, which needs nothing but I - J invertible.
+    3. CG on the normal equations, which needs nothing but I - J invertible. Where f has
+       a backward pass of its own (another ``rbp_solve`` inside, a ``custom_vjp``, a
+       callback), which JAX cannot transpose to J, restarted GMRES in its place, which
+       may stagnate where I - J is far from normal.
 
-    Exact up to ``tol``, or reported as not converged.
+    Exact up to ``tol``, or reported as not converged. What BiCGSTAB has solved by its
+    recurrence, and a restart leaves as it is by the true residual, is what rounding
+    allows: the rule ends there, as no other method would get further.
 
     Cost: that of ``Neumann(tol=tol)`` or, with some Neumann steps more, that of the
     Krylov methods. Memory: eight states. AD modes: none of its own; ``rbp_solve``
@@ -82,20 +88,24 @@ class Adaptive:
 
         def unsolved(attempts: tuple[jax.Array, Progress]) -> jax.Array:
             number, now = attempts
-            return (now.error > system.tol) & (number < 2)
+            return (now.error > system.tol) & ~now.rounding & (number < 2)
 
         def attempt(attempts: tuple[jax.Array, Progress]) -> tuple:
             number, before = attempts
             now = self._series(system, before, stubborn=number > 0)
             # BiCGSTAB would get stuck again where it has been stuck.
             stuck = (number > 0) & (now.error >= before.error)
-            tol = jnp.where(stuck, jnp.inf, system.tol).astype(now.error.dtype)
-            return number + 1, krylov.advance(system._replace(tol=tol), now)
+            end = krylov.advance(system.unless(stuck), now)
+            # It may drift in one pass; that what it gained first is lost in a second
+            # is rounding.
+            rounding = end.rounding & (end.error <= 0.5 * now.error)
+            return number + 1, end._replace(rounding=rounding)
 
         begin = system.begin(start)
         zero = jnp.zeros_like(begin.num_steps)
         _, now = lax.while_loop(unsolved, attempt, (zero, begin))
-        end = CGNormal(max_steps=self.max_steps).advance(system, now)
+        last = CGNormal if system.transposed() else GMRES
+        end = last(max_steps=self.max_steps).advance(system.unless(now.rounding), now)
         return system.measured(end, self.max_steps, end.error <= system.tol)
 
     def _series(self, system: System, start: Progress, stubborn: jax.Array) -> Progress:

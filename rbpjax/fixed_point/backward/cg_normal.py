@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from rbpjax._core import tree
-from rbpjax._core.convolution import channels_last
 from rbpjax._core.strategy import count, real, strategy, tolerance
 from rbpjax.fixed_point.backward.rule import Progress, System
 from rbpjax.types import LinearMap, PyTree, Solution
@@ -74,7 +73,14 @@ class CGNormal:
     def advance(self, system: System, start: Progress) -> Progress:
         """Goes on from ``start`` until the tolerance is met or it cannot be."""
         g, tol, ridge = system.g, system.tol, self.ridge
-        jvp = channels_last(tree.adjoint(system.vjp, g), g)
+        jvp = system.transposed()
+        if jvp is None:
+            raise ValueError(
+                "CGNormal needs products with J, which JAX makes by transposing those "
+                "with Jᵀ. It cannot here: f has a backward pass of its own (another "
+                "rbp_solve, a custom_vjp, a callback). Use Adaptive(), BiCGSTAB() or "
+                "GMRES(), which need Jᵀ alone."
+            )
 
         def apply_adjoint(r: PyTree, z: PyTree) -> PyTree:  # Aᵀr - ηz, A = I - Jᵀ
             s = tree.sub(r, jvp(r))

@@ -62,6 +62,11 @@ class GMRES:
     ) -> Solution:
         """Solves (I - Jᵀ) z = g."""
         system = System.of(vjp, cotangent, self.tol)
+        end = self.advance(system, system.begin(start))
+        return system.refined(end, self.max_steps)
+
+    def advance(self, system: System, start: Progress) -> Progress:
+        """Goes on from ``start`` until the tolerance is met or it stagnates."""
         m = self.restart
 
         def one_pass(old: Progress) -> Progress:
@@ -127,9 +132,7 @@ class GMRES:
             )
 
         # Passes are short, and may be many that gain little each: not a breakdown.
-        begin = system.begin(start)
-        end = system.restarted(one_pass, begin, self.max_steps, stalled=0.99)
-        return system.refined(end, self.max_steps)
+        return system.restarted(one_pass, start, self.max_steps, stalled=0.99)
 
 
 class _State(NamedTuple):

@@ -93,6 +93,22 @@ class System(NamedTuple):
         """
         return tree.sub(self.g, self.apply(z))
 
+    def unless(self, done: jax.Array) -> System:
+        """This system, or, where ``done``, one whose tolerance anything meets."""
+        tol = jnp.where(done, jnp.inf, self.tol).astype(self.size.dtype)
+        return self._replace(tol=tol)
+
+    def transposed(self) -> LinearMap | None:
+        """V ↦ Jv for use in a loop, or None where JAX cannot make it of v ↦ Jᵀv.
+
+        So it is where f has a backward pass of its own. It is found out by tracing,
+        and JAX has an exception of another kind for each operation without a transpose.
+        """
+        try:
+            return channels_last(tree.adjoint(self.vjp, self.g), self.g)
+        except Exception:
+            return None
+
     def unresolved(self, z: PyTree) -> jax.Array:
         """What rounding may hide in the residual of z.
 

@@ -1,5 +1,7 @@
 """What arithmetic does to a verdict: half precision, overflow, lost digits."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -138,3 +140,36 @@ def test_a_truncated_rule_is_not_a_failed_one():
         assert int(run(rule, jac.at[0].set(jnp.nan)).status) == Status.NOT_FINITE
         done = run(rule, 1e-6 * jac)
         assert done.converged and int(done.status) == Status.CONVERGED
+
+
+def test_low_precision_products_end_as_rounding():
+    """f rounds to bfloat16 inside: the solve ends soon, at what that can do.
+
+    Soon is six times the products that a tolerance of 0.05 takes, an aim of 1.6 digits:
+    5.5 are those of float32's tolerance by the recurrence, and from the 2 that there
+    truly are, 3.5 once more.
+    """
+    low = lambda v: jax.lax.reduce_precision(v, 8, 7)
+    random = np.random.default_rng(0)
+    q = np.linalg.qr(random.normal(size=(4, 24, 24)))[0]
+    ends = [(-0.5, 0.5), (-0.9, 0.9), (-1.5, 0.9), (-4.0, 0.5)]
+    spectra = np.stack([np.linspace(*end, 24) for end in ends])
+    jac = jnp.asarray((q * spectra[:, None]) @ q.transpose(0, 2, 1), jnp.float32)
+    g = jnp.asarray(random.normal(size=(4, 24)), jnp.float32)
+
+    def run(rule, jac, g):
+        return rule(lambda v: low(v) @ low(jac), g)
+
+    for kind in (Adaptive, BiCGSTAB, GMRES):
+        found = jax.jit(jax.vmap(partial(run, kind())))(jac, g)
+        assert (np.asarray(found.status) == Status.ROUNDING).all(), kind
+        residual = true_residual(low(jac), g, found.value)
+        z = np.linalg.norm(np.asarray(found.value), axis=1)
+        size = z / np.linalg.norm(np.asarray(g), axis=1)
+        # A rounding of 2⁻⁹ at most in each entry of z and of J.
+        norm = np.abs(spectra).max(1)
+        assert (residual <= 2 * 2.0**-9 * norm * size).all(), kind
+        within = jax.jit(jax.vmap(partial(run, kind(tol=0.05))))(jac, g)
+        assert (np.asarray(within.status) == Status.CONVERGED).all(), kind
+        most = 6 * np.asarray(within.num_products) + 6  # those that measure
+        assert (np.asarray(found.num_products) <= most).all(), kind
