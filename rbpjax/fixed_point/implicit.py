@@ -23,6 +23,7 @@ from rbpjax.fixed_point.iterate import (
 from rbpjax.fixed_point.newton import Newton
 from rbpjax.fixed_point.report import AdjointReport
 from rbpjax.fixed_point.solve import rbp_solve
+from rbpjax.fixed_point.speech import OnFailure, check_choice, heard, speaking
 from rbpjax.types import (
     BackwardRule,
     ForwardSolver,
@@ -41,7 +42,11 @@ ROUNDS = 10
 
 
 def rbp_fixed_point(
-    f: StepFn, *, backward: BackwardRule = Adaptive(), has_aux: bool = False
+    f: StepFn,
+    *,
+    backward: BackwardRule = Adaptive(),
+    has_aux: bool = False,
+    on_failure: OnFailure = "ignore",
 ) -> Callable[[Finder], Solve]:
     """Gives the answer of any solver the gradient of the fixed point h* = f(θ, x, h*).
 
@@ -60,6 +65,7 @@ def rbp_fixed_point(
       f: step function ``f(params, inputs, h) -> h``.
       backward: any ``BackwardRule``.
       has_aux: whether f returns a pair ``(h, aux)``, as with ``rbp_solve``.
+      on_failure: ``"ignore"``, ``"warn"``, ``"nan"`` or ``"raise"``, as there.
 
     Returns:
       ``wrap(solver) -> solve`` with ``solve(params, inputs, h0, probe=None) ->
@@ -87,7 +93,11 @@ def rbp_fixed_point(
       Liao et al. 2018, equations 4 to 9. Others' words for it: ``custom_fixed_point``
       in jaxopt, ``implicit_jvp`` in optimistix.
     """
-    solve_from = rbp_solve(f, forward=_as_it_is, backward=backward, has_aux=has_aux)
+    check_choice(on_failure)
+    backward = speaking(backward, on_failure, False)
+    solve_from = rbp_solve(
+        select_state(f) if has_aux else f, forward=_as_it_is, backward=backward
+    )
 
     def wrap(solver: Finder) -> Solve:
         _check_finder("rbp_fixed_point", solver)
@@ -103,7 +113,8 @@ def rbp_fixed_point(
             given = found if isinstance(found, Solution) else None
             h = found if given is None else given.value
             solution = solve_from(params, inputs, h, probe)
-            return _with_given(solution, given)
+            solution = heard(_with_given(solution, given), on_failure, "forward")
+            return with_aux(f, params, inputs, solution) if has_aux else solution
 
         return solve
 
@@ -117,6 +128,7 @@ def rbp_root(
     solver: Finder | None = None,
     backward: BackwardRule = Adaptive(),
     has_aux: bool = False,
+    on_failure: OnFailure = "ignore",
 ) -> Solve:
     """Transforms a function into a differentiable solver of its root.
 
@@ -148,6 +160,7 @@ def rbp_root(
         ``solver(params, inputs, h0) -> h*``, never differentiated.
       backward: any ``BackwardRule``.
       has_aux: whether F returns a pair ``(residual, aux)``, as with ``rbp_solve``.
+      on_failure: ``"ignore"``, ``"warn"``, ``"nan"`` or ``"raise"``, as there.
 
     Returns:
       ``solve(params, inputs, h0, probe=None) -> Solution``, as of ``rbp_solve``.
@@ -172,6 +185,8 @@ def rbp_root(
     check_solver(forward)
     if solver is not None:
         _check_finder("rbp_root", solver)
+    check_choice(on_failure)
+    backward = speaking(backward, on_failure, False)
     residual_of = select_state(F) if has_aux else F
 
     def solve(
@@ -199,6 +214,7 @@ def rbp_root(
         solution = _with_given(solution, given)
         if found is not None:  # whose verdict is of more than one residual
             solution = found._replace(value=solution.value)
+        solution = heard(solution, on_failure, "forward")
         return with_aux(F, params, inputs, solution) if has_aux else solution
 
     return solve

@@ -42,6 +42,14 @@ from rbpjax.fixed_point.backward.rule import apply_rule, check_rule
 from rbpjax.fixed_point.forward.iteration import FixedPointIteration
 from rbpjax.fixed_point.iterate import apply_solver, check_solver
 from rbpjax.fixed_point.report import AdjointReport, as_probe, reported
+from rbpjax.fixed_point.speech import (
+    Line,
+    OnFailure,
+    check_choice,
+    heard,
+    speaking,
+    watched,
+)
 from rbpjax.types import (
     BackwardRule,
     ForwardSolver,
@@ -122,6 +130,8 @@ def rbp_solve(
     forward: ForwardSolver = FixedPointIteration(),
     backward: BackwardRule = Adaptive(),
     has_aux: bool = False,
+    on_failure: OnFailure = "ignore",
+    progress: bool = False,
 ) -> Solve:
     """Transforms a step function into a differentiable solver of its fixed point.
 
@@ -163,6 +173,13 @@ def rbp_solve(
       forward: solver called as ``forward(step, h0)``; any ``ForwardSolver``.
       backward: rule called as ``backward(vjp, cotangent)``; any ``BackwardRule``.
       has_aux: whether f returns a pair ``(h, aux)``, aux any pytree of arrays.
+      on_failure: what happens where a solve, forward or backward, does not converge,
+        under ``jit`` too: nothing (``"ignore"``), a RuntimeWarning of one line
+        (``"warn"``), NaN in its value and so in what is computed from it (``"nan"``), a
+        RuntimeError (``"raise"``; from compiled code JAX's error with that text, when
+        the result is waited for). A truncated rule fails with a residual above 1.
+      progress: whether each evaluation of f and each product rewrites a line that says
+        how the solves go, in a terminal or notebook. Slow: each of them calls Python.
 
     Returns:
       ``solve(params, inputs, h0, probe=None) -> Solution``, where ``h0`` is a pytree of
@@ -201,13 +218,15 @@ def rbp_solve(
 
     check_solver(forward)
     check_rule(backward)
-
+    check_choice(on_failure)
+    backward = speaking(backward, on_failure, progress)
+    line = Line("forward", "evaluations") if progress else None
     state_of = select_state(f) if has_aux else f
 
     def forward_solver(step: ClosedStep, args: PyTree, start: PyTree) -> Solution:
         once = channels_last(partial(step, args), start)
         try:
-            return apply_solver(forward, once, start)
+            return apply_solver(forward, watched(once, line), start)
         except TypeError as error:
             if not _of_forward_mode(error):
                 raise
@@ -234,6 +253,9 @@ def rbp_solve(
             raise TypeError(_NO_FORWARD_MODE) from error
         value, *diagnostics = solution
         solution = Solution(value, *map(lax.stop_gradient, diagnostics))
+        if line is not None:
+            line.ended(solution)
+        solution = heard(solution, on_failure, "forward")
         return with_aux(f, params, inputs, solution) if has_aux else solution
 
     return solve
