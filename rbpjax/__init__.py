@@ -26,6 +26,7 @@ from rbpjax.fixed_point.backward.gmres import GMRES
 from rbpjax.fixed_point.backward.neumann import Neumann
 from rbpjax.fixed_point.backward.rbp import RBP
 from rbpjax.fixed_point.forward.anderson import Anderson
+from rbpjax.fixed_point.forward.hybrid import Hybrid
 from rbpjax.fixed_point.forward.iteration import FixedPointIteration
 from rbpjax.fixed_point.forward.rre import RRE
 from rbpjax.fixed_point.implicit import from_args, rbp_fixed_point, rbp_root
@@ -62,6 +63,7 @@ __all__ = [
     "Direct",
     "FixedPointIteration",
     "ForwardSolver",
+    "Hybrid",
     "Neumann",
     "Newton",
     "Solution",

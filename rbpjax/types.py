@@ -49,6 +49,7 @@ class Status(enum.IntEnum):
     STAGNATED = 2
     NOT_FINITE = 3
     ROUNDING = 4
+    TRUNCATED = 5
 
     @property
     def words(self) -> str:
@@ -64,8 +65,13 @@ _WORDS = {
     Status.STAGNATED: "stagnated: further steps made it no better, or worse",
     Status.NOT_FINITE: "not finite: no finite residual was found",
     Status.ROUNDING: (
-        "refused by rounding: the residual is small, but so large is the value that "
-        "rounding hides what is wrong; I - J is singular or nearly so"
+        "rounding: the value is as good as this arithmetic has it, but its residual is "
+        "above the tolerance, or below what rounding hides; I - J is ill-conditioned, "
+        "or f computes in lower precision than its state"
+    ),
+    Status.TRUNCATED: (
+        "truncated: as many steps as were asked for; the residual says what is left, "
+        "and above 1 it is worse than no step at all"
     ),
 }
 

@@ -43,7 +43,7 @@ def sub(x: PyTree, y: PyTree) -> PyTree:
     return jax.tree.map(jnp.subtract, x, y)
 
 
-def _wide(x: jax.Array) -> jax.Array:
+def widen(x: jax.Array) -> jax.Array:
     """``x`` in float32 at least, so that a half-precision update rounds once."""
     return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
 
@@ -52,7 +52,7 @@ def scale(a: jax.Array | float, x: PyTree) -> PyTree:
     """``a * x`` for a real scalar ``a``, in the dtypes of ``x``."""
 
     def leaf(u: jax.Array) -> jax.Array:
-        wide = _wide(u)
+        wide = widen(u)
         return (jnp.asarray(a).astype(wide.dtype) * wide).astype(u.dtype)
 
     return jax.tree.map(leaf, x)
@@ -61,13 +61,16 @@ def scale(a: jax.Array | float, x: PyTree) -> PyTree:
 def divide(x: PyTree, a: jax.Array) -> PyTree:
     """``x / a`` for a real scalar ``a``, in the dtypes of ``x``.
 
-    Complex leaves part by part: a complex quotient would square ``a``.
+    In float32 at least: compiled, a quotient is a product with 1 / a, which float16
+    cannot represent below 1.5e-5. Complex leaves part by part: a complex quotient would
+    square ``a``.
     """
 
     def leaf(u: jax.Array) -> jax.Array:
         if jnp.iscomplexobj(u):
             return lax.complex(leaf(u.real), leaf(u.imag))
-        return u / a.astype(u.dtype)
+        wide = widen(u)
+        return (wide / a.astype(wide.dtype)).astype(u.dtype)
 
     return jax.tree.map(leaf, x)
 
@@ -76,7 +79,7 @@ def axpy(a: jax.Array | float, x: PyTree, y: PyTree) -> PyTree:
     """``a * x + y`` for a real scalar ``a``, in the dtypes of ``y``."""
 
     def leaf(u: jax.Array, v: jax.Array) -> jax.Array:
-        wide = _wide(v)
+        wide = widen(v)
         a_wide = jnp.asarray(a).astype(wide.dtype)
         return (a_wide * u.astype(wide.dtype) + wide).astype(v.dtype)
 
@@ -86,6 +89,23 @@ def axpy(a: jax.Array | float, x: PyTree, y: PyTree) -> PyTree:
 def where(condition: jax.Array, x: PyTree, y: PyTree) -> PyTree:
     """``x`` if the scalar ``condition`` holds, else ``y``."""
     return jax.tree.map(lambda u, v: jnp.where(condition, u, v), x, y)
+
+
+def scale_leaves(scales: jax.Array, x: PyTree) -> PyTree:
+    """Each leaf times its entry of ``scales``, in float32 at least."""
+
+    def leaf(a: jax.Array, u: jax.Array) -> jax.Array:
+        wide = widen(u)
+        return a.astype(wide.real.dtype) * wide
+
+    leaves, treedef = jax.tree.flatten(x)
+    pairs = zip(scales, leaves, strict=True)
+    return jax.tree.unflatten(treedef, [leaf(a, u) for a, u in pairs])
+
+
+def cast_like(x: PyTree, like: PyTree) -> PyTree:
+    """``x`` in the dtypes of ``like``."""
+    return jax.tree.map(lambda u, v: u.astype(v.dtype), x, like)
 
 
 def vdot(x: PyTree, y: PyTree) -> jax.Array:
@@ -137,18 +157,50 @@ def max_abs(x: PyTree) -> jax.Array:
     return jax.tree.reduce(jnp.maximum, leaves, zero)
 
 
+def power_of_two(x: jax.Array) -> jax.Array:
+    """The largest power of two up to ``x`` ≥ 0, by its bits; 1 where x = 0.
+
+    Neither it nor its inverse leaves the normal numbers. A compiled 2^⌊log₂ x⌋ is not
+    always a power of two, and what is scaled by another number is rounded.
+    """
+    info = jnp.finfo(x.dtype)
+    kind = jnp.int64 if info.bits == 64 else jnp.int32
+    exponent = kind(-1) << info.nmant  # all bits but those of the mantissa
+    bits = lax.bitcast_convert_type(x, kind) & exponent
+    power = lax.bitcast_convert_type(bits, x.dtype)
+    power = jnp.minimum(power, float(2.0 ** (info.maxexp - 2)))
+    return jnp.where(power == 0, 1, power).astype(x.dtype)
+
+
 def to_unit(x: PyTree) -> tuple[PyTree, jax.Array]:
     """``(x / ‖x‖, ‖x‖)``; ``(0, 0)`` for zero.
 
-    Entries are divided by the largest of them before they are squared: the squares of
-    1e-20 vanish in float32, and with them the gradient of a loss so scaled.
+    The largest entry is brought near 1, by a power of two and so without rounding,
+    before entries are squared: the squares of 1e-20 vanish in float32, and with them
+    the gradient of a loss so scaled.
     """
-    largest = max_abs(x)
-    safe = jnp.where(largest == 0, 1, largest).astype(largest.dtype)
-    x = divide(x, safe)
+    power = power_of_two(max_abs(x))
+    x = scale(1 / power, x)
     length = norm(x)
     safe_length = jnp.where(length == 0, 1, length).astype(length.dtype)
-    return divide(x, safe_length), largest * length
+    return divide(x, safe_length), power * length
+
+
+def rms(x: PyTree) -> tuple[jax.Array, ...]:
+    """The root mean square of each leaf, for squares that are representable."""
+    return tuple(norm(u) / max(u.size, 1) ** 0.5 for u in jax.tree.leaves(x))
+
+
+def rounding(x: PyTree) -> jax.Array:
+    """What one rounding of each entry leaves, as a norm: ε‖x‖, with each leaf's ε."""
+    parts = [float(jnp.finfo(u.dtype).eps) * norm(u) for u in jax.tree.leaves(x)]
+    return jnp.linalg.norm(jnp.stack(parts)) if len(parts) > 1 else parts[0]
+
+
+def all_finite(x: PyTree) -> jax.Array:
+    """Whether every entry is finite."""
+    leaves = [jnp.all(jnp.isfinite(u)) for u in jax.tree.leaves(x)]
+    return jax.tree.reduce(jnp.logical_and, leaves, jnp.array(True))
 
 
 def empty_rows(num: int, like: PyTree) -> PyTree:

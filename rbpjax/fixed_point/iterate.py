@@ -18,40 +18,94 @@ from rbpjax.types import ForwardSolver, PyTree, Solution, Status
 C = TypeVar("C")
 
 
-def relative_change(new: PyTree, old: PyTree) -> jax.Array:
-    """‖new - old‖ / max(‖new‖, ‖old‖), and zero where both vanish.
+class Look(NamedTuple):
+    """Sizes of a residual and of its state, leaf by leaf: root mean squares.
 
-    Plain sums of squares where they can be represented, which is nearly always: one
-    pass over the states. Where states are tiny or huge, they are scaled by a power of
-    two first, without rounding. Under ``vmap`` both are computed.
+    Attributes:
+      change: of f(h) - h, one entry a leaf.
+      size: the larger of those of h and of f(h), one entry a leaf.
     """
-    difference, squares = _squares(1.0, new, old)
-    # Squares that count must be normal numbers, and so must their products with ε².
-    info = jnp.finfo(squares.dtype)
-    low, high = float(info.tiny) / float(info.eps) ** 2, float(info.max) / 8
-    huge = squares >= high
-    # Powers that bring a sum below `low` near the largest number, and the largest
-    # entry to where as many of them as one likes can be summed.
-    up = 2.0 ** ((math.log2(high) - math.log2(low)) // 2)
-    down = 2.0 ** (-5 * info.maxexp // 8)
-    scale = jnp.where(huge, down, up).astype(squares.dtype)
-    difference, squares = lax.cond(
-        huge | (squares <= low),
-        _squares,
-        lambda *_: (difference, squares),
-        scale,
-        new,
-        old,
-    )
-    return jnp.sqrt(difference / jnp.where(squares == 0, 1, squares))
+
+    change: jax.Array
+    size: jax.Array
+
+    @classmethod
+    def at(cls, image: PyTree, h: PyTree) -> Look:
+        """The look at ``h``, whose image under f is ``image``.
+
+        Plain sums of squares where they can be represented, which is nearly always: one
+        pass over the states. Where a leaf is tiny or huge, leaves are scaled by powers
+        of two first, without rounding. Under ``vmap`` both are computed.
+        """
+        plain = cls._squares(image, h)
+        # Squares that count must be normal numbers, and so must their products with ε².
+        info = jnp.finfo(plain.size.dtype)
+        low, high = float(info.tiny) / float(info.eps) ** 2, float(info.max) / 8
+        huge, tiny = plain.size >= high, plain.size <= low
+        # Powers that bring a mean below `low` near the largest number, and the largest
+        # entry to where as many of them as one likes can be summed.
+        up = 2.0 ** ((math.log2(high) - math.log2(low)) // 2)
+        down = 2.0 ** (-5 * info.maxexp // 8)
+        scales = jnp.where(huge, down, jnp.where(tiny, up, 1)).astype(plain.size.dtype)
+        squares = lax.cond(
+            jnp.any(huge | tiny),
+            lambda scales: cls._squares(
+                tree.scale_leaves(scales, image), tree.scale_leaves(scales, h)
+            ),
+            lambda _: plain,
+            scales,
+        )
+        return cls(*(jnp.sqrt(square) / scales for square in squares))
+
+    @classmethod
+    def near_one(cls, image: PyTree, h: PyTree) -> Look:
+        """The look at states whose squares can be represented."""
+        return cls(*map(jnp.sqrt, cls._squares(image, h)))
+
+    @classmethod
+    def _squares(cls, image: PyTree, h: PyTree) -> Look:
+        """The squares of the sizes."""
+
+        def leaf(u: jax.Array, v: jax.Array) -> jax.Array:
+            mean = lambda x: tree.vdot(x, x) / max(x.size, 1)
+            u, v = tree.widen(u), tree.widen(v)
+            return jnp.stack([mean(u - v), jnp.maximum(mean(u), mean(v))])
+
+        pairs = zip(jax.tree.leaves(image), jax.tree.leaves(h), strict=True)
+        dtype = tree.real_dtype(h)
+        return cls(*jnp.stack([leaf(u, v).astype(dtype) for u, v in pairs], axis=1))
+
+    def residual(self, units: jax.Array, eps: jax.Array) -> jax.Array:
+        """The largest of the leaves' relative residuals; 0 for a leaf at rest at zero.
+
+        ``units``: a size that each leaf has had. It is measured by no less than ``eps``
+        times this, or a state that tends to zero would never come to rest.
+        """
+        return jnp.max(ratio(self.change, jnp.maximum(self.size, eps * units)))
+
+    def merit(self, units: jax.Array) -> jax.Array:
+        """The size of the residual itself, leaves in their ``units``.
+
+        By this iterates are compared: relative residuals also fall while a state grows.
+        """
+        return jnp.linalg.norm(ratio(self.change, units))
 
 
-def _squares(scale: jax.Array | float, new: PyTree, old: PyTree) -> tuple:
-    """‖new - old‖² and max(‖new‖², ‖old‖²) of the scaled states."""
-    change = tree.scale(scale, tree.sub(new, old))
-    new, old = tree.scale(scale, new), tree.scale(scale, old)
-    squares = jnp.maximum(tree.vdot(new, new), tree.vdot(old, old))
-    return tree.vdot(change, change), squares
+def ratio(a: jax.Array, b: jax.Array) -> jax.Array:
+    """``a / b``, and 0 where b = 0."""
+    return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
+
+
+def leaf_eps(h: PyTree) -> jax.Array:
+    """The machine epsilon of each leaf."""
+    eps = [float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(h)]
+    return jnp.array(eps, tree.real_dtype(h))
+
+
+def relative_change(new: PyTree, old: PyTree) -> jax.Array:
+    """The largest ‖new - old‖ / max(‖new‖, ‖old‖) of a leaf; 0 where both vanish."""
+    look = Look.at(new, old)
+    return look.residual(look.size, leaf_eps(old))
 
 
 def repeat(update: Callable[[C], C], times: int | jax.Array, carry: C) -> C:
@@ -86,58 +140,150 @@ def next_look(
     return jnp.where(ahead >= 1, jnp.minimum(ahead, most), 1).astype(k.dtype)
 
 
-class Best(NamedTuple):
-    """The state with the least residual of those looked at, and the last residual.
+class Search(NamedTuple):
+    """How the search for a fixed point stands.
 
     Attributes:
-      value: that state.
-      num_steps: steps taken to reach it.
-      residual: its residual; infinite before the first look.
-      last: the residual looked at last.
+      value: the best state of those looked at.
+      num_steps: steps taken to reach it; negative before the first look.
+      residual: its relative residual.
+      merit: the size of its residual, by which it is the best.
+      units: the size of each leaf when it was first looked at and not zero.
+      last: the relative residual at the last look.
+      done: whether the last look met the tolerance.
+      good: whether there is hope: residuals neither stay where they are nor explode.
     """
 
     value: PyTree
     num_steps: jax.Array
     residual: jax.Array
+    merit: jax.Array
+    units: jax.Array
     last: jax.Array
+    done: jax.Array
+    good: jax.Array
 
     @classmethod
-    def none(cls, h0: PyTree) -> Best:
+    def begin(cls, h0: PyTree) -> Search:
         """Before the first look."""
-        zero = sharding.vary_like(jnp.int32(0), h0)
         infinity = jnp.array(jnp.inf, tree.real_dtype(h0))
         infinity = sharding.vary_like(infinity, h0)
-        return cls(h0, zero, infinity, infinity)
+        zeros = jnp.stack([0 / infinity for _ in jax.tree.leaves(h0)])
+        never = infinity < 0
+        before = never.astype(jnp.int32) - 1
+        return cls(h0, before, infinity, infinity, zeros, infinity, never, ~never)
 
-    def updated(self, h: PyTree, num_steps: jax.Array, residual: jax.Array) -> Best:
-        """With the state ``h`` looked at too."""
-        better = residual < self.residual  # False for NaN
-        return Best(
+    def residual_at(self, look: Look, h: PyTree) -> jax.Array:
+        """The relative residual of a look at ``h``."""
+        return look.residual(self.units, leaf_eps(h))
+
+    def looked(
+        self, look: Look, h: PyTree, num_steps: jax.Array, done: jax.Array
+    ) -> Search:
+        """With the state ``h`` looked at; ``done``: whether it meets the tolerance.
+
+        The best has the smallest residual, in absolute terms, or is the answer. The
+        start is not preferred to what came of it, unless that is far worse: nothing was
+        computed there.
+        """
+        residual = self.residual_at(look, h)
+        units = jnp.where(self.units == 0, look.size, self.units)
+        merit = look.merit(units)
+        bonus = jnp.where(self.num_steps == 0, AWAY, 1)
+        better = done | (merit < bonus * self.merit)  # False for NaN
+        best = jnp.where(better, num_steps, self.num_steps)
+        stuck = (num_steps - best > STUCK) & (merit <= AWAY * self.merit)
+        eps = float(jnp.finfo(residual.dtype).eps)
+        return Search(
             tree.where(better, h, self.value),
-            jnp.where(better, num_steps, self.num_steps),
+            best,
             jnp.where(better, residual, self.residual),
+            jnp.where(better, merit, self.merit),
+            units,
             residual,
+            done,
+            (merit * eps <= self.merit) & ~stuck,  # False for NaN
         )
 
-    def unfinished(self, k: jax.Array, tol: float, max_steps: int) -> jax.Array:
-        """Whether to go on after ``k`` evaluations.
-
-        The tolerance is not met, the budget not spent, and the last residual is not
-        1/√ε times the best.
-        """
-        eps = float(jnp.finfo(self.residual.dtype).eps)
-        sane = (self.last <= self.residual * eps**-0.5) | (k == 0)  # False for NaN
-        return (self.residual > tol) & (k <= max_steps) & sane
+    def unfinished(self, k: jax.Array, max_steps: int | jax.Array) -> jax.Array:
+        """Whether to go on after ``k`` evaluations."""
+        return ~self.done & (k <= max_steps) & self.good
 
     def solution(
-        self, num_products: jax.Array, tol: float, exhausted: jax.Array | bool
+        self, k: jax.Array, tol: float | jax.Array, max_steps: int | jax.Array
     ) -> Solution:
-        """The best state as what a solver returns."""
-        status = status_of(self.residual, tol, exhausted)
-        converged = status == Status.CONVERGED
-        return Solution(
-            self.value, self.num_steps, num_products, self.residual, status, converged
-        )
+        """What a solver returns after ``k`` evaluations."""
+        failed = status_of(self.residual, tol, k > max_steps, False)
+        status = jnp.where(self.done, jnp.int32(Status.CONVERGED), failed)
+        steps = jnp.maximum(self.num_steps, 0)
+        return Solution(self.value, steps, k, self.residual, status, self.done)
+
+
+STUCK = 40
+"""Evaluations without a better iterate that end a search that stays where it is."""
+AWAY = 10.0
+"""A residual larger by so much than the best: the solver moves away from it."""
+
+
+def meets(residual: jax.Array, reach: jax.Array, tol: float | jax.Array) -> jax.Array:
+    """Whether a state counts as the fixed point: its error, too, must be small.
+
+    A small residual alone says little where I - J is nearly singular, nor where there
+    is no fixed point at all, as of h + e⁻ʰ. So ``reach`` times the residual, an
+    estimate of the distance, must be at most tol^⅔: 3e-4 in float32 and 1.5e-8 in
+    float64 by default.
+    """
+    # A residual of zero is known to rounding only: h + e⁻ʰ has one at h = 40.
+    floor = jnp.minimum(jnp.finfo(residual.dtype).eps / 4, tol)
+    error = jnp.maximum(residual, floor.astype(residual.dtype)) * reach
+    return (residual <= tol) & (error <= error_tol(tol))
+
+
+def error_tol(tol: float | jax.Array) -> float | jax.Array:
+    """The bound on the relative error of the state that goes with ``tol``."""
+    return tol ** (2 / 3)
+
+
+def reached(travelled: PyTree, h: PyTree, look: Look, before: jax.Array) -> jax.Array:
+    """How far a step from ``h`` to ``travelled`` went per residual: its reach.
+
+    The largest of the steps so far, those before fading by a factor of 4 each.
+    """
+    step = Look.at(travelled, h).merit(look.size)
+    return jnp.maximum(ratio(step, look.merit(look.size)), before / 4)
+
+
+def unknown_reach(tol: float | jax.Array, h: PyTree) -> float | jax.Array:
+    """The reach of a state of which one residual is known: only rounding passes."""
+    return error_tol(tol) / (4 * tree.coarsest_eps(h))
+
+
+def judged(
+    step: Callable[[PyTree], PyTree],
+    h: PyTree,
+    num_steps: int,
+    tol: float | jax.Array,
+    damping: float = 0.0,
+) -> Solution:
+    """The solution of a given number of steps that came to ``h``.
+
+    Two evaluations of f, for a residual and the rate at which it falls, which the
+    compiler removes where nobody reads them.
+    """
+    image = step(h)
+    look = Look.at(image, h)
+    mixed = image if damping == 0 else tree.axpy(damping, tree.sub(h, image), image)
+    after = Look.at(step(mixed), mixed)
+    units = jnp.maximum(look.size, after.size)
+    residual = look.residual(look.size, leaf_eps(h))
+    rate = ratio(after.merit(units), look.merit(units))
+    reach = jnp.where(rate < 1, (1 - damping) / (1 - rate), jnp.inf)
+    rounded = residual <= 4 * tree.coarsest_eps(h)
+    reach = jnp.where(rounded, unknown_reach(tol, h), reach)
+    steps = jnp.int32(num_steps)
+    status = status_of(residual, tol, True, meets(residual, reach, tol))
+    converged = status == Status.CONVERGED
+    return Solution(h, steps, steps + 2, residual, status, converged)
 
 
 def status_of(
@@ -148,8 +294,8 @@ def status_of(
 ) -> jax.Array:
     """The ``Status`` of a value with that residual, as an int32 scalar.
 
-    ``exhausted``: whether the budget is spent; ``resolved``: whether the residual means
-    anything beside rounding.
+    ``exhausted``: whether the budget is spent; ``resolved``: whether the residual says
+    that the error is small too.
     """
     pick = lambda condition, status, other: jnp.where(
         condition, jnp.int32(status), other
@@ -176,6 +322,11 @@ def check_solver(solver: ForwardSolver) -> None:
             "solver is called as solver(step, h0). A rule finds fixed points inside "
             f"Newton: Newton({solver!r})."
         )
+
+
+def no_forward_mode(error: TypeError) -> bool:
+    """Whether it is JAX's refusal of forward mode through a ``custom_vjp``."""
+    return str(error).startswith("can't apply forward-mode")
 
 
 def first_parameter(function: Callable) -> str | None:

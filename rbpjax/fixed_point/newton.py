@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rbpjax._core import sharding, tree
+from rbpjax._core import tree
 from rbpjax._core.strategy import count, function, strategy, tolerance
 from rbpjax.fixed_point.backward.adaptive import Adaptive
 from rbpjax.fixed_point.backward.rule import apply_rule
-from rbpjax.fixed_point.iterate import Best, relative_change
+from rbpjax.fixed_point.iterate import Look, Search, meets, reached, unknown_reach
 from rbpjax.types import BackwardRule, PyTree, Solution
 
 SHORTEST = 2.0**-10  # of a step; a direction that is no better so near is wrong
@@ -81,49 +81,62 @@ class Newton:
         tol = tree.default_tol(h0) if self.tol is None else self.tol
 
         def unfinished(now: _State) -> jax.Array:
-            more = (now.best.residual > tol) & (now.k <= self.max_steps)
+            more = ~now.search.done & (now.k <= self.max_steps)
             return more & (now.length >= SHORTEST)
 
         def body(now: _State) -> _State:
             image, jvp = jax.linearize(step, now.h)
-            residual = relative_change(image, now.h)
-            better = residual < now.best.residual  # False for NaN
+            look, old = Look.at(image, now.h), now.search
+            units = jnp.where(old.units == 0, look.size, old.units)
+            better = look.merit(units) < old.merit  # False for NaN
+            done = meets(old.residual_at(look, now.h), now.reach, tol)
+            search = old.looked(look, now.h, now.k, done)
             # Where it is not, and at the end, there is nothing to solve: of zero, the
             # rules make zero at once.
-            wanted = better & (residual > tol)
+            wanted = better & ~search.done
             r = tree.sub(image, now.h)
             r = tree.where(wanted, r, tree.scale(0.0, r))
             solved = apply_rule(self.backward, jvp, r)
             direction = tree.where(better, solved.value, now.direction)
+            base = tree.where(better, now.h, now.base)
             length = jnp.where(better, 1.0, now.length / 2).astype(now.length.dtype)
-            best = now.best.updated(now.h, now.k, residual)
-            h = tree.axpy(length, direction, best.value)
+            h = tree.axpy(length, direction, base)
+            known = jnp.where(now.k == 0, 0, now.reach)
+            reach = reached(tree.add(now.h, direction), now.h, look, known)
+            reach = jnp.where(better, reach, now.reach)
             products = now.num_products + 1 + solved.num_products
-            return _State(h, direction, length, now.k + 1, products, best)
+            return _State(
+                h, base, direction, length, now.k + 1, products, reach, search
+            )
 
         if self.warmup:
             h0 = lax.fori_loop(0, self.warmup, lambda _, h: step(h), h0)
-        best = Best.none(h0)
-        zero, one = best.num_steps, jnp.ones_like(best.residual)
-        one = sharding.vary_like(one, h0)
+        search = Search.begin(h0)
+        zero = jnp.zeros_like(search.num_steps)
+        one = jnp.ones_like(search.residual)
         nowhere = tree.scale(0.0, h0)
-        start = _State(h0, nowhere, one, zero, zero + self.warmup, best)
+        unknown = one * unknown_reach(tol, h0)
+        start = _State(h0, h0, nowhere, one, zero, zero + self.warmup, unknown, search)
         end = lax.while_loop(unfinished, body, start)
-        best = end.best._replace(num_steps=end.best.num_steps + self.warmup)
-        exhausted = end.k > self.max_steps
-        return best.solution(end.num_products, tol, exhausted)
+        found = end.search.solution(end.k, tol, self.max_steps)
+        return found._replace(
+            num_steps=found.num_steps + self.warmup, num_products=end.num_products
+        )
 
 
 class _State(NamedTuple):
     """What the loop carries.
 
-    The iterate, the direction that led to it and how far along it, the evaluations
-    so far, those and the products with J, and the best iterate.
+    The iterate, where the step to it began, in which direction and how far along it;
+    the evaluations so far, those and the products with J; how far steps go per
+    residual, and what was found.
     """
 
     h: PyTree
+    base: PyTree
     direction: PyTree
     length: jax.Array
     k: jax.Array
     num_products: jax.Array
-    best: Best
+    reach: jax.Array
+    search: Search

@@ -12,6 +12,7 @@ from jax import export, lax
 
 from rbpjax._core import sharding, tree
 from rbpjax._core.step import check_like, floats, merge, only_arrays
+from rbpjax.fixed_point.bound import Bound
 from rbpjax.types import PyTree, Solution
 
 
@@ -35,12 +36,19 @@ class AdjointReport(NamedTuple):
     Attributes:
       num_steps: steps of the backward rule.
       num_products: its products with J or Jᵀ.
-      residual: ‖g + Jᵀz - z‖ / ‖g‖.
-      status: a ``Status`` as a float, 0 if converged; of several solves, whose reports
-        add up, it is 0 only if all did.
-      converged: 1 if the rule reached its tolerance, else 0.
+      residual: ‖g + Jᵀz - z‖ / ‖g‖, of its adjoint.
+      status: its ``Status`` as a float, 0 if converged; of several solves, whose
+        reports add up, it is 0 only if all did.
+      converged: 1 if ``bound`` is at most √ε, where ε is that of the coarsest
+        arithmetic inside f (3e-4 in float32), else 0. It covers both solves.
       cotangent_norm: ‖g‖; zero where no gradient arrived, or no adjoint was solved
         (``bptt``).
+      bound: of the gradient's relative error, as far as it can be estimated without
+        another solve: for the cotangent given, and infinite where nothing is known.
+      forward_steps: steps of the forward solver to the state.
+      forward_products: its evaluations of f and products with J.
+      forward_residual: the relative residual of the state.
+      forward_status: the solver's ``Status`` as a float.
       adjoint: ``None``, or z, a pytree like the state. The only field of a probe whose
         values matter.
 
@@ -64,6 +72,11 @@ class AdjointReport(NamedTuple):
     status: jax.Array
     converged: jax.Array
     cotangent_norm: jax.Array
+    bound: jax.Array
+    forward_steps: jax.Array
+    forward_products: jax.Array
+    forward_residual: jax.Array
+    forward_status: jax.Array
     adjoint: PyTree | None = None
 
     @classmethod
@@ -190,17 +203,28 @@ def as_probe(probe: AdjointReport | None, h: PyTree) -> AdjointReport | None:
     return sharding.vary_like(AdjointReport(*scalars, adjoint=adjoint), h)
 
 
-def reported(solution: Solution, g: PyTree, probe: AdjointReport) -> AdjointReport:
-    """The report on an adjoint for the cotangent g, of the types of the probe."""
-    raw = (
-        solution.num_steps,
-        solution.num_products,
-        solution.residual,
-        solution.status,
-        solution.converged,
-        tree.to_unit(g)[1],
-        None if probe.adjoint is None else solution.value,
+def reported(
+    forward: Solution,
+    backward: Solution,
+    g: PyTree,
+    bound: Bound,
+    probe: AdjointReport,
+) -> AdjointReport:
+    """The report on a gradient for the cotangent g, of the types of the probe."""
+    raw = AdjointReport(
+        num_steps=backward.num_steps,
+        num_products=backward.num_products,
+        residual=backward.residual,
+        status=backward.status,
+        converged=bound.error <= bound.accuracy,
+        cotangent_norm=tree.to_unit(g)[1],
+        bound=bound.error,
+        forward_steps=forward.num_steps,
+        forward_products=forward.num_products,
+        forward_residual=forward.residual,
+        forward_status=forward.status,
+        adjoint=None if probe.adjoint is None else backward.value,
     )
-    found = AdjointReport(*jax.tree.map(lax.stop_gradient, raw))
+    found = jax.tree.map(lax.stop_gradient, raw)
     found = jax.tree.map(lambda r, p: r.astype(p.dtype), found, probe)
     return sharding.typed_like(found, probe)

@@ -39,8 +39,9 @@ from rbpjax._core.step import (
 )
 from rbpjax.fixed_point.backward.adaptive import Adaptive
 from rbpjax.fixed_point.backward.rule import apply_rule, check_rule
-from rbpjax.fixed_point.forward.iteration import FixedPointIteration
-from rbpjax.fixed_point.iterate import apply_solver, check_solver
+from rbpjax.fixed_point.bound import error_bound
+from rbpjax.fixed_point.forward.hybrid import Hybrid
+from rbpjax.fixed_point.iterate import apply_solver, check_solver, no_forward_mode
 from rbpjax.fixed_point.report import AdjointReport, as_probe, reported
 from rbpjax.fixed_point.speech import (
     Line,
@@ -72,11 +73,6 @@ _NO_FORWARD_MODE = (
 )
 
 
-def _of_forward_mode(error: TypeError) -> bool:
-    """Whether it is JAX's refusal of forward mode through a ``custom_vjp``."""
-    return str(error).startswith("can't apply forward-mode")
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _solve(
     step: ClosedStep,
@@ -93,13 +89,13 @@ def _solve(
 def _solve_fwd(step, solver, rule, args, start, probe):
     # The solve itself, not the solver: the next order differentiates this line.
     solution = _solve(step, solver, rule, args, start, probe)
-    return solution, (args, solution.value, probe)
+    return solution, (args, solution, probe)
 
 
 def _solve_bwd(step, solver, rule, saved, cotangents):
-    args, h, probe = saved
-    g = cotangents.value
-    _, vjp = jax.vjp(step, args, h)  # the one linearization
+    args, found, probe = saved
+    h, g = found.value, cotangents.value
+    image, vjp = jax.vjp(step, args, h)  # the one linearization
 
     def adjoint_step(adjoint_args: PyTree, z: PyTree) -> PyTree:
         args, h, g = adjoint_args
@@ -116,7 +112,10 @@ def _solve_bwd(step, solver, rule, saved, cotangents):
 
     start = vjp, None if probe is None else probe.adjoint
     z = _solve(adjoint_step, adjoint_solver, rule, (args, h, g), start, None)
-    report = None if probe is None else reported(z, g, probe)
+    report = None
+    if probe is not None:
+        bound = error_bound(step, args, h, image, vjp, g, z.value)
+        report = reported(found, z, g, bound, probe)
     # None is a zero cotangent: a fixed point does not depend on where one starts.
     return vjp(z.value)[0], None, report
 
@@ -127,7 +126,7 @@ _solve.defvjp(_solve_fwd, _solve_bwd)
 def rbp_solve(
     f: StepFn,
     *,
-    forward: ForwardSolver = FixedPointIteration(),
+    forward: ForwardSolver = Hybrid(),
     backward: BackwardRule = Adaptive(),
     has_aux: bool = False,
     on_failure: OnFailure = "ignore",
@@ -228,7 +227,7 @@ def rbp_solve(
         try:
             return apply_solver(forward, watched(once, line), start)
         except TypeError as error:
-            if not _of_forward_mode(error):
+            if not no_forward_mode(error):
                 raise
             raise TypeError(
                 f"{forward!r} needs products with J, and f holds a function with a "
@@ -248,7 +247,7 @@ def rbp_solve(
         try:
             solution = _solve(step, forward_solver, backward, args, h0, probe)
         except TypeError as error:
-            if not _of_forward_mode(error):
+            if not no_forward_mode(error):
                 raise
             raise TypeError(_NO_FORWARD_MODE) from error
         value, *diagnostics = solution

@@ -6,15 +6,14 @@ import math
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from rbpjax._core import tree
 from rbpjax._core.convolution import channels_last
 from rbpjax._core.step import ClosedStep, close, select_state, with_aux
-from rbpjax.fixed_point.iterate import relative_change, status_of
+from rbpjax.fixed_point.iterate import judged
 from rbpjax.fixed_point.report import AdjointReport
-from rbpjax.types import PyTree, Solution, Solve, Status, StepFn
+from rbpjax.types import PyTree, Solution, Solve, StepFn
 
 
 def bptt(
@@ -117,12 +116,9 @@ def _run(step: ClosedStep, args: PyTree, h: PyTree, length: int) -> PyTree:
 def _unrolled(step: ClosedStep, args: PyTree, h: PyTree, num_steps: int) -> Solution:
     """The solution, with a residual that the compiler removes when nobody reads it."""
     fixed, value = lax.stop_gradient((args, h))
-    residual = relative_change(step(fixed, value), value)
-    status = status_of(residual, tree.default_tol(h), exhausted=True)
-    converged = status == Status.CONVERGED
-    return Solution(
-        h, jnp.int32(num_steps), jnp.int32(num_steps + 1), residual, status, converged
-    )
+    tol = tree.default_tol(h)
+    found = judged(partial(step, fixed), value, num_steps, tol)
+    return found._replace(value=h)
 
 
 def _check_steps(

@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from rbpjax.fixed_point.backward.adaptive import Adaptive
-from rbpjax.fixed_point.forward.iteration import FixedPointIteration
+from rbpjax.fixed_point.forward.hybrid import Hybrid
 from rbpjax.fixed_point.report import AdjointReport
 from rbpjax.fixed_point.solve import rbp_solve
 from rbpjax.types import BackwardRule, ForwardSolver, PyTree, Solution
@@ -63,7 +63,7 @@ class FixedPoint(nnx.Module):
         self,
         cell: nnx.Module,
         *,
-        forward: ForwardSolver = FixedPointIteration(),
+        forward: ForwardSolver = Hybrid(),
         backward: BackwardRule = Adaptive(),
     ) -> None:
         if not callable(cell):

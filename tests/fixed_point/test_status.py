@@ -27,7 +27,7 @@ from rbpjax import (
 from rbpjax.fixed_point.backward.rule import apply_rule
 from tests.support.problems import RULES, rows
 
-DONE, BUDGET, STUCK, NAN, ROUNDING = Status
+DONE, BUDGET, STUCK, NAN, ROUNDING, TRUNCATED = Status
 
 
 def test_every_status_has_words():
@@ -41,6 +41,7 @@ def test_every_status_has_words():
         "STAGNATED",
         "NOT_FINITE",
         "ROUNDING",
+        "TRUNCATED",
     ]
 
 
@@ -93,7 +94,8 @@ ILL = EASY.at[0, 0].set(jnp.nan)
 BACKWARD = [
     (Neumann(), EASY, DONE),
     (Neumann(max_steps=3), EASY, BUDGET),
-    (Neumann(steps=3), EASY, BUDGET),
+    (Neumann(steps=3), EASY, TRUNCATED),
+    (Neumann(steps=60), EASY, DONE),
     (Neumann(), WILD, STUCK),
     (Neumann(), ILL, NAN),
     (RBP(), EASY, DONE),
@@ -117,7 +119,7 @@ BACKWARD = [
     (Adaptive(), jnp.eye(3), STUCK),
     (Adaptive(), ILL, NAN),
     (Direct(), WILD, DONE),
-    (Direct(tol=0.0), WILD, STUCK),
+    (Direct(tol=0.0), WILD, ROUNDING),
     (Direct(), EDGE, ROUNDING),
     (Direct(), ILL, NAN),
 ]

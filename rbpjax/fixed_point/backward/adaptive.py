@@ -14,7 +14,7 @@ from rbpjax.fixed_point.backward.bicgstab import BiCGSTAB
 from rbpjax.fixed_point.backward.cg_normal import CGNormal
 from rbpjax.fixed_point.backward.rule import Progress, System, add_terms
 from rbpjax.fixed_point.iterate import next_look
-from rbpjax.types import LinearMap, PyTree, Solution, Status
+from rbpjax.types import LinearMap, PyTree, Solution
 
 ALIGNED = 0.75
 """Cosine of two residuals from which the later one says little that is new."""
@@ -96,11 +96,7 @@ class Adaptive:
         zero = jnp.zeros_like(begin.num_steps)
         _, now = lax.while_loop(unsolved, attempt, (zero, begin))
         end = CGNormal(max_steps=self.max_steps).advance(system, now)
-        solution = system.measured(end, self.max_steps)
-        # What the last method refused is said, where the residual is not small.
-        refused = end.refused & (solution.status != Status.CONVERGED)
-        status = jnp.where(refused, jnp.int32(Status.ROUNDING), solution.status)
-        return solution._replace(status=status)
+        return system.measured(end, self.max_steps, end.error <= system.tol)
 
     def _series(self, system: System, start: Progress, stubborn: jax.Array) -> Progress:
         """The series while it is worth while, or ``stubborn``: while it contracts."""

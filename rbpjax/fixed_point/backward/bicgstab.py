@@ -110,7 +110,9 @@ class BiCGSTAB:
             first = _State(z, shadow, zero, zero, one, one, one, size, k, z, size, k)
             end = lax.while_loop(unfinished, body, first)
             products = old.num_products + 2 * (end.k - k)
-            return old._replace(z=end.z_best, num_steps=end.k, num_products=products)
+            return old._replace(
+                z=end.z_best, num_steps=end.k, num_products=products, error=end.best
+            )
 
         return system.restarted(one_pass, start, self.max_steps)
 

@@ -83,7 +83,12 @@ class CG:
             first = _State(z, r, r, tree.vdot(r, r), one, k)
             end = lax.while_loop(unfinished, body, first)
             products = old.num_products + end.k - k
-            return old._replace(z=end.z, num_steps=end.k, num_products=products)
+            return old._replace(
+                z=end.z,
+                num_steps=end.k,
+                num_products=products,
+                error=jnp.sqrt(end.square),
+            )
 
         end = system.restarted(one_pass, system.begin(start), self.max_steps)
         return system.refined(end, self.max_steps)

@@ -69,7 +69,7 @@ class CGNormal:
         """Solves (I - Jᵀ) z = g."""
         system = System.of(vjp, cotangent, self.tol)
         end = self.advance(system, system.begin(start))
-        return system.refined(end, self.max_steps)
+        return system.refined(end, self.max_steps, end.error)
 
     def advance(self, system: System, start: Progress) -> Progress:
         """Goes on from ``start`` until the tolerance is met or it cannot be."""
@@ -120,7 +120,12 @@ class CGNormal:
             first = _State(old.z, old.r, s, s, tree.vdot(s, s), old.num_steps)
             end = lax.while_loop(unfinished, body, first)
             products = old.num_products + 1 + 2 * (end.k - old.num_steps)
-            return old._replace(z=end.z, num_steps=end.k, num_products=products)
+            return old._replace(
+                z=end.z,
+                num_steps=end.k,
+                num_products=products,
+                error=error(end.r, end.s),
+            )
 
         if ridge:
             return system.restarted(one_pass, start, self.max_steps, damped, 1)

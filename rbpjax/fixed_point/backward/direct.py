@@ -78,7 +78,7 @@ class Direct:
         begin = system.begin(None)
         count = begin.num_steps + n
         end = begin._replace(z=z, num_steps=count, num_products=count)
-        return system.measured(end, n + 1)
+        return system.measured(end, n + 1, jnp.array(True))
 
 
 def _as_vector(x: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:

@@ -93,8 +93,9 @@ class GMRES:
                 turn = lambda i, c: _rotate(c, i, now.cosines[i], now.sines[i])
                 column = lax.fori_loop(0, m, turn, column)
                 radius = jnp.hypot(column[j], column[j + 1])
-                cosine = jnp.where(radius == 0, 1, ratio(column[j], radius))
-                sine = ratio(column[j + 1], radius)
+                # A column of zeros: I - J is singular, and the residual stays.
+                cosine = ratio(column[j], radius)
+                sine = jnp.where(radius == 0, 1, ratio(column[j + 1], radius))
                 column = _rotate(column, j, cosine, sine)
                 pivot = jnp.where(column[j] == 0, 1, column[j])
                 column = column.at[j].set(pivot)
@@ -122,6 +123,7 @@ class GMRES:
                 z=tree.add(old.z, _combine(end.basis, y)),
                 num_steps=k + end.j,
                 num_products=old.num_products + end.j,
+                error=jnp.abs(end.rhs[end.j]),
             )
 
         # Passes are short, and may be many that gain little each: not a breakdown.

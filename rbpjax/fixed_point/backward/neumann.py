@@ -10,7 +10,7 @@ from jax import lax
 
 from rbpjax._core import sharding, tree
 from rbpjax._core.strategy import count, real, strategy, tolerance
-from rbpjax.fixed_point.backward.rule import System, add_terms
+from rbpjax.fixed_point.backward.rule import Progress, System, add_terms
 from rbpjax.fixed_point.iterate import next_look
 from rbpjax.types import LinearMap, PyTree, Solution
 
@@ -79,12 +79,11 @@ class Neumann:
                 return vjp(r)
             return tree.axpy(omega, tree.sub(vjp(r), r), r)
 
-        def finish(total: PyTree, steps: jax.Array, products: jax.Array) -> Solution:
+        def finish(total: PyTree, steps: jax.Array, products: jax.Array) -> Progress:
             z = total if self.damping == 0.0 else tree.scale(omega, total)
             z = z if start is None else tree.add(begin.z, z)
             products = begin.num_products + products
-            end = begin._replace(z=z, num_steps=steps, num_products=products)
-            return system.measured(end, None if self.steps is not None else budget)
+            return begin._replace(z=z, num_steps=steps, num_products=products)
 
         zero, budget, tol = tree.scale(0.0, system.g), self.max_steps, system.tol
         if self.steps is not None:
@@ -92,7 +91,7 @@ class Neumann:
             # those before it; the compiler drops the product for a next one.
             total, _ = add_terms(product, zero, begin.r, self.steps + 1)
             steps = sharding.vary_like(jnp.int32(self.steps), system.g)
-            return finish(total, steps, steps)
+            return system.truncated(finish(total, steps, steps))
 
         # Half of the tolerance is left to rounding: the report measures the residual of
         # the sum, which is larger than its last term.
@@ -114,7 +113,8 @@ class Neumann:
         first = _State(zero, begin.r, k, error, error, k + 1)
         end = lax.while_loop(unfinished, body, first)
         # k terms are the powers 0 … k - 1; the term after them took one product more.
-        return finish(end.z, jnp.maximum(end.k - 1, 0), end.k)
+        done = finish(end.z, jnp.maximum(end.k - 1, 0), end.k)
+        return system.measured(done, budget, end.error <= tol / 2)
 
 
 class _State(NamedTuple):

@@ -79,14 +79,18 @@ class RBP:
         end = begin._replace(
             z=found.value, num_steps=found.num_steps, num_products=products
         )
-        solution = system.measured(end, None)
+        if getattr(self.solver, "steps", None) is not None:
+            return system.truncated(end)
+        solution = system.measured(end, 0, jnp.array(False))
         # The solver's tolerance is its own affair, and unknown here: what it calls
         # converged is, if the residual relative to ‖g‖ is within the root of its own.
         # A start that dwarfs g can be left with little of ‖z‖ and much of ‖g‖.
         residual, eps = solution.residual, tree.coarsest_eps(g)
         own = jnp.sqrt(jnp.maximum(found.residual, eps)).astype(residual.dtype)
-        judged = status_of(residual, own, False, system.resolved(found.value))
+        judged = status_of(residual, own, False)
         status = jnp.where(found.converged, judged, found.status)
+        finite = solution.status != Status.NOT_FINITE
+        status = jnp.where(finite, status, jnp.int32(Status.NOT_FINITE))
         return solution._replace(status=status, converged=status == Status.CONVERGED)
 
 

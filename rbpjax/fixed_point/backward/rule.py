@@ -29,10 +29,15 @@ from rbpjax._core.convolution import channels_last
 from rbpjax.fixed_point.iterate import (
     check_solution,
     first_parameter,
+    ratio,
     repeat,
     status_of,
 )
 from rbpjax.types import BackwardRule, LinearMap, PyTree, Solution, Status
+
+UNRESOLVED = 0.25
+"""Of ε‖z‖: what a computed residual may hide, about the root mean square of one
+rounding of z. No residual is reported below it, nor believed."""
 
 
 class Progress(NamedTuple):
@@ -44,7 +49,7 @@ class Progress(NamedTuple):
       num_steps: steps so far.
       num_products: products with J or Jᵀ so far.
       error: what the tolerance bounds, mostly ‖r‖.
-      refused: whether rounding hides how good a better-looking iterate was.
+      rounding: whether the method believed to be done, and rounding had it be wrong.
     """
 
     z: PyTree
@@ -52,7 +57,7 @@ class Progress(NamedTuple):
     num_steps: jax.Array
     num_products: jax.Array
     error: jax.Array
-    refused: jax.Array
+    rounding: jax.Array
 
 
 class System(NamedTuple):
@@ -81,16 +86,20 @@ class System(NamedTuple):
         return tree.sub(z, self.vjp(z))
 
     def residual(self, z: PyTree) -> PyTree:
-        """The residual g - (I - Jᵀ) z."""
+        """The residual g - (I - Jᵀ) z.
+
+        In this order: what z and Jᵀz have in common goes without rounding, where g
+        added to a large z would be lost in it.
+        """
         return tree.sub(self.g, self.apply(z))
 
-    def resolved(self, z: PyTree) -> jax.Array:
-        """Whether the residual of z means anything.
+    def unresolved(self, z: PyTree) -> jax.Array:
+        """What rounding may hide in the residual of z.
 
-        Rounding alone leaves an error of ε‖z‖ in it. A singular I - J lets z grow until
-        g is lost in that rounding, and the residual, then, looks like zero.
+        Where an iteration shares its rounding with the residual, that may be zero, and
+        z wrong.
         """
-        return tree.coarsest_eps(z) * tree.norm(z) <= self.tol**0.5
+        return UNRESOLVED * tree.rounding(z)
 
     def begin(self, start: PyTree | None) -> Progress:
         """Where a rule begins: z = 0, or the best multiple of ``start``, by one VJP.
@@ -112,17 +121,24 @@ class System(NamedTuple):
         r = tree.where(usable, tree.axpy(-a, image, g), g)
         return Progress(z, r, k, k + 1, tree.norm(r), never)
 
-    def measured(self, end: Progress, max_steps: int | None) -> Solution:
+    def measured(self, end: Progress, max_steps: int, believed: jax.Array) -> Solution:
         """The solution for the cotangent itself, with the residual measured at z.
 
-        One VJP, which the compiler removes when nobody reads the report. ``max_steps``:
-        the budget, or None if the rule took as many steps as it was told to.
+        One VJP, which the compiler removes when nobody reads the report. ``believed``:
+        whether the method ended since its own recurrence was done.
         """
-        residual = tree.norm(tree.sub(tree.add(self.g, self.vjp(end.z)), end.z))
-        exhausted = True if max_steps is None else end.num_steps >= max_steps
-        resolved = self.resolved(end.z)
-        status = status_of(residual, self.tol, exhausted, resolved)
-        return self._solution(end, end.num_products + 1, residual, status)
+        r = self.residual(end.z)
+        end = end._replace(
+            r=r, num_products=end.num_products + 1, rounding=believed | end.rounding
+        )
+        return self.refined(end, max_steps)
+
+    def truncated(self, end: Progress) -> Solution:
+        """The solution after as many steps as were asked for, as ``measured``."""
+        solution = self.measured(end, 0, jnp.array(False))
+        ended = solution.status == Status.OUT_OF_BUDGET
+        status = jnp.where(ended, jnp.int32(Status.TRUNCATED), solution.status)
+        return solution._replace(status=status)
 
     def restarted(
         self,
@@ -139,24 +155,24 @@ class System(NamedTuple):
         A pass runs until its own recurrence believes to be done; then the residual is
         measured, and the next one starts on what is left. A recurrence that drifted,
         broke down or stagnated is found out there, and a pass that made things worse is
-        undone. Ends with the tolerance, the budget, or a pass that leaves more than
-        ``stalled`` times the error. A pass should aim at half of the tolerance, the
-        other half is for rounding; of the ``Progress`` that it returns r and error are
-        not read. ``error(z, r)`` is what ``tol`` bounds; it takes ``error_products``.
+        undone. Ends with the tolerance, or what rounding leaves of it, the budget, or a
+        pass that leaves more than ``stalled`` times the error. A pass should aim at
+        half of the tolerance, the other half is for rounding; of the ``Progress`` that
+        it returns r is not read, and error is what it believes. ``error(z, r)`` is what
+        ``tol`` bounds; it takes ``error_products``.
         """
 
         def unsolved(passes: tuple[Progress, jax.Array]) -> jax.Array:
             now, before = passes
             gained = now.error <= stalled * before
-            return (now.error > self.tol) & gained & (now.num_steps < max_steps)
+            above = now.error > jnp.maximum(self.tol, self.unresolved(now.z))
+            return above & gained & (now.num_steps < max_steps)
 
         def body(passes: tuple[Progress, jax.Array]) -> tuple[Progress, jax.Array]:
             old, _ = passes
             new = one_pass(old)
             r = self.residual(new.z)
-            size = error(new.z, r)
-            resolved = self.resolved(new.z)
-            found = jnp.where(resolved, size, jnp.inf)
+            found = error(new.z, r)
             better = found < old.error  # False for NaN
             return (
                 Progress(
@@ -165,7 +181,7 @@ class System(NamedTuple):
                     new.num_steps,
                     new.num_products + 1 + error_products,
                     jnp.where(better, found, old.error),
-                    ~resolved & (size <= self.tol),
+                    (new.error <= self.tol) & ~(found <= self.tol),
                 ),
                 old.error,
             )
@@ -174,29 +190,28 @@ class System(NamedTuple):
         infinity = sharding.vary_like(infinity, start.r)
         return lax.while_loop(unsolved, body, (start, infinity))[0]
 
-    def refined(self, end: Progress, max_steps: int) -> Solution:
-        """The solution for the cotangent itself, of what ``restarted`` measured."""
-        residual = tree.norm(end.r)
-        small = jnp.where(end.refused, 0, end.error)
-        exhausted = end.num_steps >= max_steps
-        status = status_of(small, self.tol, exhausted, ~end.refused)
-        return self._solution(end, end.num_products, residual, status)
-
-    def _solution(
-        self,
-        end: Progress,
-        num_products: jax.Array,
-        residual: jax.Array,
-        status: jax.Array,
+    def refined(
+        self, end: Progress, max_steps: int, error: jax.Array | None = None
     ) -> Solution:
+        """The solution for the cotangent itself, where ``end.r`` was measured.
+
+        ``error``: what ``tol`` bounds, if that is not ‖r‖. Neither is taken for less
+        than what rounding may hide.
+        """
+        hidden = self.unresolved(end.z)
+        residual = jnp.maximum(tree.norm(end.r), hidden)
+        error = residual if error is None else jnp.maximum(error, hidden)
         z = tree.scale(self.size, end.z)
+        rounding = end.rounding | (error <= jnp.maximum(self.tol, hidden))
+        status = status_of(error, self.tol, end.num_steps >= max_steps)
+        pick = lambda condition, status, other: jnp.where(
+            condition, jnp.int32(status), other
+        )
+        failed = (status == Status.STAGNATED) | (status == Status.OUT_OF_BUDGET)
+        status = pick(failed & rounding, Status.ROUNDING, status)
+        status = pick(tree.all_finite(z), status, Status.NOT_FINITE)
         converged = status == Status.CONVERGED
-        return Solution(z, end.num_steps, num_products, residual, status, converged)
-
-
-def ratio(a: jax.Array, b: jax.Array) -> jax.Array:
-    """``a / b``, and 0 where b = 0."""
-    return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
+        return Solution(z, end.num_steps, end.num_products, residual, status, converged)
 
 
 def add_terms(

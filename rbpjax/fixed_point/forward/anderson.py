@@ -11,7 +11,13 @@ from jax import lax
 
 from rbpjax._core import sharding, tree
 from rbpjax._core.strategy import count, real, strategy, tolerance
-from rbpjax.fixed_point.iterate import Best, relative_change
+from rbpjax.fixed_point.iterate import (
+    Look,
+    Search,
+    meets,
+    reached,
+    unknown_reach,
+)
 from rbpjax.types import PyTree, Solution
 
 
@@ -69,23 +75,42 @@ class Anderson:
     def __call__(self, step: Callable[[PyTree], PyTree], h0: PyTree) -> Solution:
         """Solves h = step(h) from ``h0``."""
         tol = tree.default_tol(h0) if self.tol is None else self.tol
+        search = Search.begin(h0)
+        search, k = self.run(step, search, jnp.zeros_like(search.num_steps), tol)
+        return search.solution(k, tol, self.max_steps)
+
+    def run(
+        self,
+        step: Callable[[PyTree], PyTree],
+        search: Search,
+        k: jax.Array,
+        tol: float | jax.Array,
+        patience: int | None = None,
+    ) -> tuple[Search, jax.Array]:
+        """The loop from the best point of a search that took ``k`` evaluations.
+
+        With ``patience`` it ends where more evaluations than that are left, the state
+        is near one in magnitude, and that the residual is small is enough.
+        """
+        h0 = search.value
         dtype = tree.real_dtype(h0)
-        ridge = 10 * float(jnp.finfo(dtype).eps) if self.ridge is None else self.ridge
+        eps = float(jnp.finfo(dtype).eps)
+        ridge = 10 * eps if self.ridge is None else self.ridge
         beta, m = 1.0 - self.damping, self.memory
 
         def unfinished(now: _State) -> jax.Array:
-            return now.best.unfinished(now.k, tol, self.max_steps)
+            return now.search.unfinished(now.k, self.max_steps)
 
         def body(now: _State) -> _State:
             image = step(now.h)
-            residual = relative_change(image, now.h)
+            look = (Look.at if patience is None else Look.near_one)(image, now.h)
             r = tree.sub(image, now.h)
             mixed = image if beta == 1.0 else tree.axpy(beta, r, now.h)
             # The newest differences replace the oldest; in the first step there is
             # none, and a row of zeros stands for it.
-            at = now.k % m
+            first, at = now.k == k, now.k % m
             newest = _Pair(tree.sub(mixed, now.last.mixed), tree.sub(r, now.last.r))
-            newest = tree.where(now.k == 0, tree.scale(0.0, newest), newest)
+            newest = tree.where(first, tree.scale(0.0, newest), newest)
             rows = tree.put(now.rows, at, newest)
             # Sums here: a product of matrix and vector makes XLA copy the rows.
             products = jax.vmap(lambda row: tree.vdot(row, newest.r))(rows.r)
@@ -95,16 +120,32 @@ class Anderson:
             h = mixed
             for i in range(m):  # one pass over the rows, where a product takes two
                 h = tree.axpy(-gamma[i], tree.take(rows.mixed, i), h)
-            best = now.best.updated(now.h, now.k, residual)
-            return _State(h, _Pair(mixed, r), rows, gram, now.k + 1, best)
+            residual = now.search.residual_at(look, now.h)
+            done = meets(residual, now.reach, tol)
+            search = now.search.looked(look, now.h, now.k, done)
+            if patience is not None:
+                taken = now.k - k
+                fallen = jnp.log(residual / now.first) / taken.astype(dtype)
+                left = jnp.log(tol / residual) / fallen
+                slow = (taken >= patience // 8) & ~(left <= patience)
+                search = search._replace(good=search.good & ~slow)
+                reach = jnp.full_like(now.reach, 0)  # whoever goes on knows it better
+            else:
+                # How far it goes from here per residual, where it does not end.
+                reach = reached(h, now.h, look, jnp.where(first, 0, now.reach))
+            residual = jnp.where(first, residual, now.first)
+            last = _Pair(mixed, r)
+            return _State(h, last, rows, gram, now.k + 1, reach, residual, search)
 
-        best = Best.none(h0)
         history = tree.empty_rows(m, h0)
         gram = sharding.vary_like(jnp.zeros((m, m), dtype), h0)
         last, rows = _Pair(h0, tree.scale(0.0, h0)), _Pair(history, history)
-        start = _State(h0, last, rows, gram, best.num_steps, best)
+        reach = jnp.full_like(search.residual, unknown_reach(tol, h0))
+        reach = sharding.vary_like(reach, h0)
+        first = search.residual
+        start = _State(h0, last, rows, gram, k, reach, first, search)
         end = lax.while_loop(unfinished, body, start)
-        return end.best.solution(end.k, tol, exhausted=end.k > self.max_steps)
+        return end.search, end.k
 
 
 class _Pair(NamedTuple):
@@ -129,7 +170,9 @@ class _State(NamedTuple):
     rows: _Pair
     gram: jax.Array
     k: jax.Array
-    best: Best
+    reach: jax.Array
+    first: jax.Array
+    search: Search
 
 
 def regularized_solve(gram: jax.Array, target: jax.Array, ridge: float) -> jax.Array:

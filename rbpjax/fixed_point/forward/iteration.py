@@ -9,9 +9,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rbpjax._core import tree
+from rbpjax._core import sharding, tree
 from rbpjax._core.strategy import count, real, strategy, tolerance
-from rbpjax.fixed_point.iterate import Best, next_look, relative_change, repeat
+from rbpjax.fixed_point.iterate import (
+    AWAY,
+    Look,
+    Search,
+    error_tol,
+    judged,
+    meets,
+    next_look,
+    ratio,
+    unknown_reach,
+)
 from rbpjax.types import PyTree, Solution
 
 
@@ -72,34 +82,63 @@ class FixedPointIteration:
         tol = tree.default_tol(h0) if self.tol is None else self.tol
         if self.steps is not None:
             h = lax.fori_loop(0, self.steps, lambda _, h: self._mix(step(h), h), h0)
-            residual = relative_change(step(h), h)
-            steps = jnp.int32(self.steps)
-            last = Best(h, steps, residual, residual)
-            return last.solution(steps + 1, tol, exhausted=True)
+            return judged(step, h, self.steps, tol, self.damping)
+        end = self.run(step, h0, tol)
+        return end.kept().solution(end.k, tol, self.max_steps)
 
-        def unfinished(now: _State) -> jax.Array:
-            return now.best.unfinished(now.k, tol, self.max_steps)
+    def run(
+        self,
+        step: Callable[[PyTree], PyTree],
+        h0: PyTree,
+        tol: float | jax.Array,
+        patience: int | None = None,
+    ) -> Iterates:
+        """The loop; with ``patience`` it ends where more steps than that are left."""
+        eps = tree.coarsest_eps(h0)
 
-        def advance(pair: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-            image, h = pair
-            h = self._mix(image, h)
-            return step(h), h
+        def unfinished(now: Iterates) -> jax.Array:
+            return now.search.unfinished(now.k, self.max_steps)
 
-        def body(now: _State) -> _State:
-            ahead = now.ahead if self.check_every is None else self.check_every
-            image, h = repeat(advance, ahead, (now.image, now.h))
-            k = now.k + ahead
-            residual = relative_change(image, h)
-            before = now.best.last
-            after = next_look(self.check_every, k, ahead, residual, before, tol)
-            best = now.best.updated(h, k - 1, residual)  # one evaluation looks at h
-            return _State(image, h, k, jnp.minimum(after, self.max_steps + 1 - k), best)
+        def body(now: Iterates) -> Iterates:
+            h = self._mix(now.image, now.h)
+            image, k = step(h), now.k + 1
+            now = now._replace(image=image, h=h, k=k)
+            # One loop, not one inside another for the steps between two looks: the
+            # compiler moves what f computes without h out of one, not out of two.
+            return lax.cond(k >= now.due, look, lambda now: now, now)
 
-        best = Best.none(h0)
-        zero = best.num_steps
-        start = _State(h0, h0, zero, zero + 1, best)
-        end = lax.while_loop(unfinished, body, start)
-        return end.best.solution(end.k, tol, exhausted=end.k > self.max_steps)
+        def look(now: Iterates) -> Iterates:
+            k, before, found = now.k, now.search, Look.at(now.image, now.h)
+            residual = before.residual_at(found, now.h)
+            fallen = ratio(residual, before.last)
+            span = (k - now.looked).astype(fallen.dtype)
+            # At rounding, residuals say nothing of a rate any more.
+            measured = (now.looked > 0) & (residual > 8 * eps)
+            rate = jnp.where(measured, fallen ** (1 / span), now.rate)
+            slower = jnp.maximum(rate, now.rate)
+            reach = (1 - self.damping) / (1 - slower)
+            reach = jnp.where(slower < 1, reach, jnp.inf)
+            # Negative before there are two residuals: only rounding passes then.
+            reach = jnp.where(slower < 0, unknown_reach(tol, now.h), reach)
+            done = meets(residual, reach, tol)
+            search = before.looked(found, now.h, k - 1, done)
+            goal = jnp.minimum(tol, ratio(error_tol(tol), reach))
+            every = self.check_every
+            after = next_look(every, k, span, residual, before.last, goal)
+            if patience is not None:
+                left = jnp.log(goal / residual) / jnp.log(slower)
+                lost = k - 1 - search.num_steps
+                good = ((k < 5) | (left <= patience)) & (lost < 3)
+                search = search._replace(good=search.good & good)
+            due = k + jnp.minimum(after, self.max_steps + 1 - k)
+            rank = ratio(found.merit(search.units), search.merit)
+            return now._replace(due=due, looked=k, rank=rank, rate=rate, search=search)
+
+        zero = sharding.vary_like(jnp.int32(0), h0)
+        search = Search.begin(h0)
+        unknown = -jnp.ones_like(search.residual)
+        start = Iterates(h0, h0, zero, zero, zero, -unknown, unknown, search)
+        return lax.while_loop(unfinished, body, start)
 
     def _mix(self, image: PyTree, h: PyTree) -> PyTree:
         """The damped step; without damping, f's own output, bit for bit."""
@@ -108,11 +147,35 @@ class FixedPointIteration:
         return tree.axpy(self.damping, tree.sub(h, image), image)
 
 
-class _State(NamedTuple):
-    """Of the loop: f(h), h, evaluations so far, steps to the next look, the best."""
+class Iterates(NamedTuple):
+    """What the loop carries.
+
+    Attributes:
+      image: f(h).
+      h: the iterate.
+      k: evaluations so far.
+      due: evaluations after which the next look is due.
+      looked: evaluations at the last look.
+      rank: the size of the last residual, relative to that of the best.
+      rate: by which residuals fell in a step before it; negative if not known yet.
+      search: what was found.
+    """
 
     image: PyTree
     h: PyTree
     k: jax.Array
-    ahead: jax.Array
-    best: Best
+    due: jax.Array
+    looked: jax.Array
+    rank: jax.Array
+    rate: jax.Array
+    search: Search
+
+    def kept(self) -> Search:
+        """What the solver returns: the last iterate, unless the best is far better.
+
+        An early iterate may be better by chance alone: who trains a network of thirty
+        steps would be given one of three.
+        """
+        found = self.search
+        last = found._replace(value=self.h, num_steps=self.k - 1, residual=found.last)
+        return tree.where(self.rank <= AWAY, last, found)

@@ -12,7 +12,14 @@ from jax import lax
 from rbpjax._core import tree
 from rbpjax._core.strategy import count, real, strategy, tolerance
 from rbpjax.fixed_point.forward.anderson import regularized_solve
-from rbpjax.fixed_point.iterate import Best, relative_change
+from rbpjax.fixed_point.iterate import (
+    Look,
+    Search,
+    meets,
+    ratio,
+    reached,
+    unknown_reach,
+)
 from rbpjax.types import PyTree, Solution
 
 
@@ -72,15 +79,25 @@ class RRE:
         m = self.memory
 
         def unfinished(now: _State) -> jax.Array:
-            return now.best.unfinished(now.k, tol, self.max_steps)
+            return now.search.unfinished(now.k, self.max_steps)
 
         def advance(cycle: tuple[jax.Array, _State]) -> tuple[jax.Array, _State]:
             """One plain step, its residual put into row j."""
             j, now = cycle
             image = step(now.h)
             rows = tree.put(now.rows, j, tree.sub(image, now.h))
-            best = now.best.updated(now.h, now.k, relative_change(image, now.h))
-            return j + 1, _State(image, rows, now.k + 1, best)
+            look = Look.at(image, now.h)
+            # The distance per residual: by the rate of plain steps, or the last leap.
+            residual = now.search.residual_at(look, now.h)
+            rate = ratio(residual, now.search.last)
+            steps = jnp.where(rate < 1, 1 / (1 - rate), jnp.inf)
+            rounded = tree.coarsest_eps(now.h) * 8
+            plain = (j > 0) & (residual > rounded)
+            reach = jnp.maximum(jnp.where(plain, steps, 0), now.reach)
+            reach = jnp.where(now.k == 0, unknown_reach(tol, now.h), reach)
+            done = meets(residual, reach, tol)
+            search = now.search.looked(look, now.h, now.k, done)
+            return j + 1, _State(image, rows, now.k + 1, now.reach, search)
 
         def cycle(now: _State) -> _State:
             more = lambda cycle: (cycle[0] <= m) & unfinished(cycle[1])
@@ -93,23 +110,29 @@ class RRE:
             h = now.h
             for i in range(m):
                 h = tree.axpy(-gamma[i], tree.take(now.rows, i + 1), h)
-            return now._replace(h=h)
+            leap = Look.at(h, now.h)
+            reach = reached(
+                h, now.h, leap._replace(change=now.search.change), now.reach
+            )
+            return now._replace(h=h, reach=reach)
 
-        best = Best.none(h0)
-        zero = best.num_steps
-        start = _State(h0, tree.empty_rows(m + 1, h0), zero, best)
+        search = Search.begin(h0)
+        zero = jnp.zeros_like(search.num_steps)
+        near = jnp.zeros_like(search.residual)
+        start = _State(h0, tree.empty_rows(m + 1, h0), zero, near, search)
         end = lax.while_loop(unfinished, cycle, start)
-        return end.best.solution(end.k, tol, exhausted=end.k > self.max_steps)
+        return end.search.solution(end.k, tol, self.max_steps)
 
 
 class _State(NamedTuple):
     """What both loops carry.
 
-    The iterate, the residuals of the present cycle, the evaluations so far, and the
-    best iterate.
+    The iterate, the residuals of the present cycle, the evaluations so far, how far
+    leaps went per residual, and what was found.
     """
 
     h: PyTree
     rows: PyTree
     k: jax.Array
-    best: Best
+    reach: jax.Array
+    search: Search

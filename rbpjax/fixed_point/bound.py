@@ -1,0 +1,176 @@
+"""How wrong a gradient through a fixed point may be: an estimate without a solve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rbpjax._core import sharding, tree
+from rbpjax._core.step import ClosedStep, floats
+from rbpjax.fixed_point.iterate import ratio
+from rbpjax.types import PyTree
+
+FAR = 0.1
+"""Of its size, an error of the state from which nothing is said of the gradient."""
+
+
+class Bound(NamedTuple):
+    """What is known of a gradient's relative error.
+
+    Attributes:
+      error: a bound on it; infinite where nothing can be said.
+      accuracy: what counts as converged, √ε of the coarsest arithmetic inside f.
+    """
+
+    error: jax.Array
+    accuracy: jax.Array
+
+
+def error_bound(
+    step: ClosedStep,
+    args: PyTree,
+    h: PyTree,
+    image: PyTree,
+    vjp: Callable[[PyTree], Any],
+    g: PyTree,
+    z: PyTree,
+) -> Bound:
+    """A bound on the relative error of the gradient (∂f/∂args)ᵀz, by seven products.
+
+    An estimate, not a proof. Three things may be wrong: the state, the adjoint, and the
+    arithmetic. The state is moved by as far as its residual may be from the fixed
+    point, and what this changes is measured; the adjoint's residual counts as often as
+    solving amplifies; the arithmetic is measured by the difference of a product and of
+    its two parts. Norms are relative within each leaf. It is a bound for the cotangent
+    that was given: how the loss bends is not known here, but the gradient is not
+    called better than the state.
+
+    Args:
+      step: the closed step function.
+      args: its arguments.
+      h: the state found, near a fixed point.
+      image: f(h).
+      vjp: of the step at (args, h): a pair, of args and of h.
+      g: the cotangent.
+      z: the adjoint found, (I - Jᵀ) z = g.
+    """
+    eps = tree.coarsest_eps(h)
+    unit, noise = _random(h)
+    forward = _Norm.of(h, image)
+    backward = _Norm.of(g, z)
+
+    gradient, product = vjp(z)
+    r = tree.sub(tree.add(g, product), z)
+    part = jax.tree.map(lambda m, x: m.astype(x.dtype) * x, unit, z)
+    ones, others = vjp(part), vjp(tree.sub(z, part))
+    lost = tree.sub(tree.add(ones[1], others[1]), product)
+    lost_gradient = _difference(_sum(ones[0], others[0]), gradient)
+    precision = jnp.maximum(4 * ratio(backward(lost), backward(product)), eps)
+    rounding = eps * (backward(g) + backward(z) + backward(product)) + backward(lost)
+
+    q = tree.sub(image, h)
+    size = forward(q)
+    next_q = tree.sub(step(args, image), image)
+    rate = ratio(forward(next_q), size)
+    slow = (rate < 1) & (size > 8 * eps)
+    reach = jnp.where(slow, 1 / (1 - jnp.where(slow, rate, 0)), 1)
+    amplified = jnp.maximum(reach, ratio(backward(z), backward(g)))
+    amplified = jnp.maximum(amplified, 1)
+
+    # As far as the fixed point may be: by the residual, and by rounding.
+    error = jax.tree.map(
+        lambda x, y, sign: x + precision.astype(x.dtype) * sign * jnp.abs(y),
+        q,
+        image,
+        noise,
+    )
+    d = tree.scale(amplified, error)
+    away = forward(d)
+    moved, moved_vjp = jax.vjp(step, args, tree.add(h, d))
+    del moved
+    other_gradient, other_product = moved_vjp(z)
+    bend = backward(tree.sub(other_product, product))
+    adjoint = ratio(amplified * (backward(r) + rounding + bend), backward(z))
+    terms = [
+        adjoint,
+        away,
+        _relative(_difference(other_gradient, gradient), gradient),
+        _relative(lost_gradient, gradient),
+    ]
+    found = jnp.sqrt(sum(jnp.square(term.astype(away.dtype)) for term in terms))
+    finite = jnp.isfinite(tree.max_abs(z)) & jnp.isfinite(_largest(gradient))
+    known = (found < 0.5) & (away < FAR) & finite  # False for NaN
+    nothing = backward(g) == 0
+    known_or_none = jnp.where(known, found / (1 - jnp.where(known, found, 0)), jnp.inf)
+    return Bound(
+        jnp.where(nothing & finite, 0, known_or_none),
+        jnp.sqrt(jnp.minimum(precision, 2**-7)),
+    )
+
+
+class _Norm(NamedTuple):
+    """A norm in which all leaves count alike: each relative to its own size."""
+
+    sizes: jax.Array
+
+    @classmethod
+    def of(cls, *states: PyTree) -> _Norm:
+        """Leaves in units of their largest size in ``states``."""
+        return cls(jnp.max(jnp.stack([_leaf_rms(x) for x in states]), axis=0))
+
+    def __call__(self, x: PyTree) -> jax.Array:
+        return jnp.linalg.norm(ratio(_leaf_rms(x), self.sizes))
+
+
+def _leaf_rms(x: PyTree) -> jax.Array:
+    """The root mean square of each leaf, of any magnitude."""
+
+    def leaf(u: jax.Array) -> jax.Array:
+        norm = tree.to_unit(u)[1]
+        return norm / max(u.size, 1) ** 0.5
+
+    dtype = tree.real_dtype(x)
+    return jnp.stack([leaf(u).astype(dtype) for u in jax.tree.leaves(x)])
+
+
+def _random(h: PyTree) -> tuple[PyTree, PyTree]:
+    """Numbers in (0, 1), and signs, like the state; always the same ones."""
+    leaves, treedef = jax.tree.flatten(h)
+    keys = jax.random.split(jax.random.key(0), (2, len(leaves)))
+    draw = lambda make, row: sharding.typed_like(
+        jax.tree.unflatten(
+            treedef,
+            [make(k, x) for k, x in zip(keys[row], leaves, strict=True)],
+        ),
+        h,
+    )
+    unit = lambda k, x: jax.random.uniform(k, x.shape, jnp.float32).astype(x.dtype)
+    sign = lambda k, x: jax.random.rademacher(k, x.shape, jnp.float32).astype(x.dtype)
+    return draw(unit, 0), draw(sign, 1)
+
+
+def _sum(x: PyTree, y: PyTree) -> PyTree:
+    return jax.tree.map(jnp.add, floats(x), floats(y))
+
+
+def _difference(x: PyTree, y: PyTree) -> PyTree:
+    return jax.tree.map(jnp.subtract, floats(x), floats(y))
+
+
+def _largest(x: PyTree) -> jax.Array:
+    x = floats(x)
+    leaves = jax.tree.leaves(x)
+    return tree.max_abs(leaves) if leaves else jnp.zeros(())
+
+
+def _relative(change: PyTree, gradient: PyTree) -> jax.Array:
+    """The largest relative change of the gradient of consts, params, or inputs."""
+    found = [jnp.zeros(())]
+    for part, whole in zip(change, gradient, strict=True):
+        part, whole = jax.tree.leaves(floats(part)), jax.tree.leaves(floats(whole))
+        if whole:
+            found.append(ratio(tree.to_unit(part)[1], tree.to_unit(whole)[1]))
+    return jnp.max(jnp.stack([x.astype(found[-1].dtype) for x in found]))

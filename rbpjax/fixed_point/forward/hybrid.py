@@ -1,0 +1,291 @@
+"""The default solver: plain iteration, and what helps where that is not the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from rbpjax._core import tree
+from rbpjax._core.strategy import count, strategy, tolerance
+from rbpjax.fixed_point.arnoldi import Krylov, arnoldi
+from rbpjax.fixed_point.forward.anderson import Anderson
+from rbpjax.fixed_point.forward.iteration import FixedPointIteration
+from rbpjax.fixed_point.iterate import (
+    Look,
+    Search,
+    error_tol,
+    no_forward_mode,
+    ratio,
+)
+from rbpjax.types import PyTree, Solution
+
+MEMORY = 5
+"""Of Anderson's method."""
+PATIENCE = 30
+"""Plain steps that are worth waiting for."""
+DIMENSION = 30
+"""Of the Krylov space, for states of up to 2¹⁷ numbers; fewer for larger ones."""
+SHORTEST = 2.0**-10
+"""Of a step; a direction that is no better so near is wrong."""
+WAIT = 150
+"""Evaluations and products that an attempt may go on without a gain of 0.7."""
+ATTEMPTS = 3
+
+
+@strategy
+class Hybrid:
+    """Plain iteration while it converges, then Anderson, then Newton-Krylov steps.
+
+    1. Plain iteration h ← f(h), until it converges, more than about 30 steps are left
+       at the rate so far, or it moves away.
+    2. Anderson acceleration from the best point.
+    3. Newton's method from the best point, each linear system by GMRES, steps halved
+       while the residual ‖f(h) - h‖ does not fall. Where it stagnates it is tried with
+       shifted systems (pseudo-transient continuation), and from the start with whole
+       steps.
+
+    What converged in the second loop is confirmed in the third, which knows the
+    distance to the fixed point and not the residual alone: converged means that both
+    are small (see ``Solution``). A state that is as good as rounding allows, and no
+    better, ends as ``Status.ROUNDING``: I - J is singular there, or nearly so.
+
+    Converges to *a* fixed point, where there are several. No guarantee: the best state
+    found is returned, with the reason.
+
+    Cost: where plain iteration takes up to about 25 steps, the same evaluations of f;
+    else evaluations and products with J, which ``num_products`` counts together.
+    Memory: 31 states, or fewer from 2¹⁷ numbers on. AD modes: none of its own;
+    ``rbp_solve`` gives its gradient.
+
+    Attributes:
+      tol: bound on the relative residual, leaf by leaf: ‖f(h) - h‖ / max(‖h‖, ‖f(h)‖)
+        of each, in [0, 1). ``None``: three quarters of the digits of the coarsest dtype
+        in the state (6e-6 in float32, 2e-12 in float64).
+      max_steps: budget of evaluations of f and products with J.
+
+    Raises:
+      ValueError: if an option is out of its range or not a Python number.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rbpjax import Hybrid
+      >>> jnp.set_printoptions(precision=4, suppress=True)
+      >>> solution = Hybrid()(lambda h: 1 - 5 * h, jnp.ones(2))
+      >>> print(solution.converged, solution.value)
+      True [0.1667 0.1667]
+
+    References:
+      Walker and Ni 2011 (Anderson); Kelley, "Iterative Methods for Linear and Nonlinear
+      Equations", SIAM 1995, chapters 6 and 8 (Newton-GMRES); Kelley and Keyes,
+      "Convergence analysis of pseudo-transient continuation", 1998.
+    """
+
+    tol: float | None = tolerance(default=None)
+    max_steps: int = count(default=1000)
+
+    def __call__(self, step: Callable[[PyTree], PyTree], h0: PyTree) -> Solution:
+        """Solves h = step(h) from ``h0``."""
+        tol = tree.default_tol(h0) if self.tol is None else self.tol
+        plain = FixedPointIteration(max_steps=self.max_steps)
+        end = plain.run(step, h0, tol, PATIENCE)
+        return lax.cond(
+            end.search.done,
+            lambda: end.search.solution(end.k, tol, self.max_steps),
+            lambda: self._other_ways(step, h0, tol, end.search, end.k),
+        )
+
+    def _other_ways(
+        self,
+        step: Callable[[PyTree], PyTree],
+        h0: PyTree,
+        tol: float | jax.Array,
+        plain: Search,
+        k: jax.Array,
+    ) -> Solution:
+        """Anderson's method and Newton's, from the best point of plain iteration.
+
+        In variables of magnitude one, leaf by leaf: all leaves count alike.
+        """
+        units = jnp.ldexp(jnp.ones_like(plain.units), jnp.frexp(plain.units)[1])
+        inwards = lambda h: tree.cast_like(tree.scale_leaves(1 / units, h), h0)
+        outwards = lambda u: tree.cast_like(tree.scale_leaves(units, u), h0)
+        scaled = lambda u: inwards(step(outwards(u)))
+        search = plain._replace(
+            value=inwards(plain.value),
+            merit=jnp.full_like(plain.merit, jnp.inf),
+            units=jnp.ones_like(units),
+            good=jnp.ones_like(plain.good),
+        )
+        anderson = Anderson(max_steps=self.max_steps, memory=MEMORY)
+        try:
+            first, spent = anderson.run(scaled, search, k, tol, WAIT)
+            end = newton_krylov(
+                scaled, inwards(h0), first, spent, tol, self.max_steps, plain.done
+            )
+            found = end.search.solution(end.k, tol, self.max_steps)
+        except TypeError as error:
+            if not no_forward_mode(error):
+                raise
+            # A step with a backward pass of its own (custom_vjp) has no product with J.
+            only, spent = anderson.run(scaled, search, k, tol)
+            found = only.solution(spent, tol, self.max_steps)
+        return found._replace(value=outwards(found.value))
+
+
+def newton_krylov(
+    step: Callable[[PyTree], PyTree],
+    h0: PyTree,
+    search: Search,
+    k: jax.Array,
+    tol: float | jax.Array,
+    max_steps: int,
+    settled: jax.Array,
+) -> _State:
+    """Newton-GMRES from the best point of a search, in up to three attempts.
+
+    For states of magnitude one. ``settled``: whether there is nothing to do.
+    """
+    eps = tree.coarsest_eps(h0)
+    numbers = sum(
+        u.size * (2 if jnp.iscomplexobj(u) else 1) for u in jax.tree.leaves(h0)
+    )
+    dimension = min(numbers, DIMENSION, max(8, DIMENSION * 2**17 // numbers))
+
+    def unfinished(now: _State) -> jax.Array:
+        more = (now.k <= max_steps) & (now.attempt < ATTEMPTS)
+        return more & ~now.search.done & ~settled
+
+    def body(now: _State) -> _State:
+        image, jvp = jax.linearize(step, now.h)
+        look = Look.near_one(image, now.h)
+        residual = now.search.residual_at(look, now.h)
+        merit = look.merit(now.search.units)
+        rounding = eps * jnp.linalg.norm(look.size)
+        fresh = now.length == 0
+        growth = jnp.array([1 - 1e-4, 2, 1e6], merit.dtype)[now.attempt]
+        better = jnp.isfinite(merit) & (fresh | (merit < growth * now.merit))
+        # Far out, rounding alone makes residuals small.
+        better &= rounding <= jnp.maximum(now.search.merit / 10, 4 * now.rounding)
+
+        # Where the residual is lost in rounding, an error of rounding is looked at.
+        r = tree.sub(image, now.h)
+        r = tree.where(residual > eps / 4, r, _rounding(now.h))
+        v, beta = tree.to_unit(r)
+        fallen = ratio(merit, now.merit)
+        enough = jnp.clip(0.9 * fallen * fallen, 1e-3, 0.1)
+        enough = jnp.maximum(enough, jnp.minimum(0.5, ratio(tol, 4 * residual)))
+        enough = jnp.where(better, enough, jnp.inf).astype(beta.dtype)
+        krylov = arnoldi(lambda v: tree.sub(v, jvp(v)), v, dimension, enough)
+        scale = jnp.where(fresh, merit, now.scale)
+        shift = jnp.where(now.attempt == 1, ratio(merit, scale), 0)
+        y, smallest = _least_squares(krylov, beta, shift)
+        # The length of the step, and of what it may leave out, relative to the state.
+        left = jnp.maximum(krylov.left * beta, rounding) / smallest
+        smallest_leaf = jnp.min(jnp.where(look.size > eps, look.size, 1))
+        error = (jnp.linalg.norm(y) + left) / jnp.minimum(smallest_leaf, 1)
+        certain = (error <= error_tol(tol)) & (krylov.left <= 0.9)
+        done = better & (residual <= tol) & certain
+
+        k = now.k + 1
+        search = now.search.looked(look, now.h, k, done)
+        k += krylov.dim
+        gained = better & (fresh | (merit < 0.7 * now.mark))
+        since = jnp.where(gained, k, now.since)
+        length = jnp.where(better, 1, now.length / 2).astype(now.length.dtype)
+        direction = tree.where(better, krylov.combine(y), now.direction)
+        base = tree.where(better, now.h, now.base)
+        # A state as good as rounding allows is not bettered by other attempts.
+        final = ~better & (search.residual <= tol)
+        over = (length < SHORTEST) | (k - since > WAIT) | (fresh & ~better)
+        attempt = now.attempt + over
+        again = tree.where(attempt == 1, begin.base, h0)
+        return _State(
+            h=tree.where(over, again, tree.axpy(length, direction, base)),
+            base=base,
+            direction=direction,
+            merit=jnp.where(better, merit, now.merit),
+            rounding=jnp.where(better, rounding, now.rounding),
+            length=jnp.where(over, 0, length),
+            attempt=jnp.where(final, ATTEMPTS, attempt),
+            scale=scale,
+            mark=jnp.where(gained, merit, now.mark),
+            since=jnp.where(over, k, since),
+            k=k,
+            search=search,
+        )
+
+    h, zero = search.value, jnp.zeros_like(search.residual)
+    begin = _State(
+        h=h,
+        base=h,
+        direction=tree.scale(0.0, h),
+        merit=search.merit,
+        rounding=jnp.full_like(zero, jnp.inf),
+        length=zero,
+        attempt=jnp.zeros_like(k),
+        scale=zero,
+        mark=zero,
+        since=k,
+        k=k,
+        search=search._replace(done=jnp.zeros_like(search.done)),
+    )
+    return lax.while_loop(unfinished, body, begin)
+
+
+def _rounding(h: PyTree) -> PyTree:
+    """An error of one unit in the last place of each entry, of alternating sign."""
+
+    def leaf(u: jax.Array) -> jax.Array:
+        signs = jnp.where(jnp.arange(u.size) % 2, -1, 1).reshape(u.shape)
+        return (jnp.finfo(u.dtype).eps * signs.astype(u.real.dtype)) * u
+
+    return jax.tree.map(leaf, h)
+
+
+def _least_squares(
+    krylov: Krylov, beta: jax.Array, shift: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Y of least ‖β e₁ - (H + shift I) y‖, and the smallest singular value of that."""
+    rows, columns = krylov.hessenberg.shape
+    used = jnp.arange(columns) < krylov.dim
+    diagonal = jnp.eye(rows, columns, dtype=beta.dtype) * jnp.where(used, shift, 0)
+    u, s, vt = jnp.linalg.svd(krylov.hessenberg + diagonal, full_matrices=False)
+    kept = used & (s > 10 * float(jnp.finfo(s.dtype).eps) * s[0])
+    y = vt.T @ jnp.where(kept, beta * u[0] / jnp.where(kept, s, 1), 0)
+    return y, jnp.min(jnp.where(used, s, jnp.inf))
+
+
+class _State(NamedTuple):
+    """What the Newton loop carries.
+
+    Attributes:
+      h: the iterate that is tried.
+      base: where the step to it began.
+      direction: of the step.
+      merit: the size of the residual at ``base``.
+      rounding: the size of a rounding error there.
+      length: how far along the direction; zero at the beginning of an attempt.
+      attempt: its number.
+      scale: what shifts are relative to: the residual at the start of the attempt.
+      mark: the residual that has to fall, and
+      since: the evaluations and products when it did.
+      k: evaluations of f and products with J.
+      search: what was found.
+    """
+
+    h: PyTree
+    base: PyTree
+    direction: PyTree
+    merit: jax.Array
+    rounding: jax.Array
+    length: jax.Array
+    attempt: jax.Array
+    scale: jax.Array
+    mark: jax.Array
+    since: jax.Array
+    k: jax.Array
+    search: Search
