@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rbpjax._core import tree
+from rbpjax._core import reuse, tree
 from rbpjax._core.convolution import channels_last
 from rbpjax._core.step import (
     ClosedStep,
@@ -123,6 +123,36 @@ def _solve_bwd(step, solver, rule, saved, cotangents):
 _solve.defvjp(_solve_fwd, _solve_bwd)
 
 
+def _solved(
+    step: ClosedStep,
+    forward: ForwardSolver,
+    backward: BackwardRule,
+    on_failure: OnFailure,
+    line: Line | None,
+    back: Line | None,
+    args: PyTree,
+    h0: PyTree,
+    probe: AdjointReport | None,
+) -> Solution:
+    """The solve with these options."""
+
+    def forward_solver(step: ClosedStep, args: PyTree, start: PyTree) -> Solution:
+        once = channels_last(partial(step, args), start)
+        try:
+            return apply_solver(forward, watched(once, line), start)
+        except TypeError as error:
+            if not no_forward_mode(error):
+                raise
+            raise TypeError(
+                f"{forward!r} needs products with J, and f holds a function with a "
+                "backward pass of its own (custom_vjp), which has none. Take a solver "
+                "that only evaluates f, such as Anderson()."
+            ) from error
+
+    rule = speaking(backward, on_failure, back)
+    return _solve(step, forward_solver, rule, args, h0, probe)
+
+
 def rbp_solve(
     f: StepFn,
     *,
@@ -160,8 +190,10 @@ def rbp_solve(
     ``jax.jvp`` and ``jacfwd`` raise TypeError, use ``rbp_jvp``. Composes with ``jit``,
     ``vmap``, ``scan``, ``remat``, ``shard_map``. f may close over arrays, traced ones
     and modules too, and they receive gradients; integers, PRNG keys and what is no
-    array (functions, strings) may be anywhere in params and inputs. Outside ``jit``, f
-    is read at each call as it then is.
+    array (functions, strings) may be anywhere in params and inputs.
+
+    Outside ``jit`` f is read at each call as it then is, and calls of what computes the
+    same by the same strategies share one compilation: about a millisecond a call.
 
     What a step computes besides the state comes out with ``has_aux``: f returns
     (h, aux), and ``Solution.aux`` is that of one evaluation more, at h*, differentiated
@@ -218,22 +250,11 @@ def rbp_solve(
     check_solver(forward)
     check_rule(backward)
     check_choice(on_failure)
-    backward = speaking(backward, on_failure, progress)
-    line = Line("forward", "evaluations") if progress else None
+    line, back = None, None
+    if progress:
+        line, back = Line("forward", "evaluations"), Line("backward", "products")
+    options = (forward, backward, on_failure, line, back)
     state_of = select_state(f) if has_aux else f
-
-    def forward_solver(step: ClosedStep, args: PyTree, start: PyTree) -> Solution:
-        once = channels_last(partial(step, args), start)
-        try:
-            return apply_solver(forward, watched(once, line), start)
-        except TypeError as error:
-            if not no_forward_mode(error):
-                raise
-            raise TypeError(
-                f"{forward!r} needs products with J, and f holds a function with a "
-                "backward pass of its own (custom_vjp), which has none. Take a solver "
-                "that only evaluates f, such as Anderson()."
-            ) from error
 
     def solve(
         params: PyTree,
@@ -245,7 +266,7 @@ def rbp_solve(
         step, args, h0 = close(state_of, params, inputs, h0)
         probe = as_probe(probe, h0)
         try:
-            solution = _solve(step, forward_solver, backward, args, h0, probe)
+            solution = reuse.run(_solved, (step, *options), args, h0, probe)
         except TypeError as error:
             if not no_forward_mode(error):
                 raise

@@ -77,12 +77,13 @@ def _summary(status: jax.Array, residual: jax.Array, num_steps: jax.Array) -> st
     return f"{words} (residual {float(residual):.2g} after {int(num_steps)} steps)"
 
 
-def speaking(rule: BackwardRule, on_failure: OnFailure, progress: bool) -> BackwardRule:
+def speaking(
+    rule: BackwardRule, on_failure: OnFailure, line: Line | None = None
+) -> BackwardRule:
     """The rule, with a word on how it goes and ends."""
-    if on_failure == "ignore" and not progress:
+    if on_failure == "ignore" and line is None:
         return rule
     truncated = getattr(rule, "steps", None) is not None
-    line = Line("backward", "products") if progress else None
 
     def run(vjp: LinearMap, cotangent: PyTree, **start: PyTree) -> Solution:
         solution = rule(noted(vjp, line), cotangent, **start)
