@@ -83,10 +83,28 @@ class Program:
         self._key: Hashable | None = None
 
     def key(self) -> Hashable:
-        """What it computes; TypeError if a part of it cannot be compared."""
+        """What it computes, and its gradient; TypeError if it cannot be compared."""
         if self._key is None:
-            self._key = _jaxpr_key(self.jaxpr)
+            rules: list[str] = []
+            plain = _jaxpr_key(self.jaxpr, rules)
+            self._key = plain, _jaxpr_key(self._vjp(), []) if rules else None
         return self._key
+
+    def _vjp(self) -> core.Jaxpr:
+        """Its VJP, where rules of a user's own are what they compute now."""
+
+        def vjp(values: list, cotangents: list) -> tuple:
+            consts, args = values[:count], values[count:]
+            run = core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, consts))
+            return jax.vjp(lambda *args: run(*args), *args)[1](cotangents)
+
+        count = len(self.jaxpr.constvars)
+        like = lambda x: jax.ShapeDtypeStruct(
+            x.aval.shape, x.aval.dtype, weak_type=getattr(x.aval, "weak_type", False)
+        )
+        variables = [*self.jaxpr.constvars, *self.jaxpr.invars]
+        of = list(map(like, variables)), list(map(like, self.jaxpr.outvars))
+        return jax.make_jaxpr(vjp)(*of).jaxpr
 
     def __hash__(self) -> int:
         return hash(self.key())
@@ -95,7 +113,11 @@ class Program:
         return isinstance(other, Program) and self.key() == other.key()
 
 
-def _jaxpr_key(jaxpr: core.Jaxpr) -> Hashable:
+def _jaxpr_key(jaxpr: core.Jaxpr, rules: list[str]) -> Hashable:
+    """What it computes; appends to ``rules`` the functions that have one of their own.
+
+    Such a rule is a Python function, made anew at each trace: it is left out.
+    """
     numbers: dict[core.Var, int] = {}
 
     def name(variables: list) -> tuple:
@@ -105,29 +127,36 @@ def _jaxpr_key(jaxpr: core.Jaxpr) -> Hashable:
 
     def atom(x: core.Var | core.Literal) -> Hashable:
         if isinstance(x, core.Literal):
-            return _key(x.val), x.aval
+            return _key(x.val, rules), x.aval
         return numbers[x]
 
     parts: list[Hashable] = [name([*jaxpr.constvars, *jaxpr.invars])]
     for equation in jaxpr.eqns:
         inputs = tuple(map(atom, equation.invars))
-        params = tuple((k, _key(v)) for k, v in sorted(equation.params.items()))
+        if "callback" in equation.primitive.name:
+            raise TypeError("Python functions are not compared")
+        params = sorted(equation.params.items())
+        if "custom_" in equation.primitive.name:
+            rules.append(equation.primitive.name)
+            plain = core.ClosedJaxpr | core.Jaxpr | int | str | tuple | None
+            params = [(k, v) for k, v in params if isinstance(v, plain)]
+        params = tuple((k, _key(v, rules)) for k, v in params)
         context = getattr(equation, "ctx", None)
         outputs = name(equation.outvars)
         parts.append((equation.primitive, inputs, params, outputs, context))
     return (*parts, tuple(map(atom, jaxpr.outvars)))
 
 
-def _key(value: Any) -> Hashable:
+def _key(value: Any, rules: list[str]) -> Hashable:
     """A part of a program as something to compare by."""
     if isinstance(value, core.ClosedJaxpr):
-        return _jaxpr_key(value.jaxpr), tuple(map(_key, value.consts))
+        return _jaxpr_key(value.jaxpr, rules), _key(value.consts, rules)
     if isinstance(value, core.Jaxpr):
-        return _jaxpr_key(value)
+        return _jaxpr_key(value, rules)
     if isinstance(value, tuple | list):
-        return type(value), tuple(map(_key, value))
+        return type(value), tuple(_key(part, rules) for part in value)
     if isinstance(value, dict):
-        return tuple((k, _key(v)) for k, v in value.items())
+        return tuple((k, _key(part, rules)) for k, part in value.items())
     if isinstance(value, np.ndarray | np.generic | jax.Array):
         if isinstance(value, jax.core.Tracer) or value.nbytes > LARGEST:
             raise TypeError("an array that is not compared")

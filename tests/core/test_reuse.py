@@ -97,6 +97,47 @@ def doubled(x):
 doubled.defjvp(lambda p, t: (jnp.tanh(p[0]), 2 * t[0] * (1 - jnp.tanh(p[0]) ** 2)))
 
 
+@jax.custom_vjp
+def clipped(x):
+    return jnp.tanh(x)
+
+
+clipped.defvjp(lambda x: (jnp.tanh(x), x), lambda x, g: (g * (1 - jnp.tanh(x) ** 2),))
+
+
+@pytest.mark.parametrize("act", [jax.nn.relu, doubled, clipped])
+def test_functions_with_rules_of_their_own_share_a_compilation(act, compiled):
+    """Such as relu, whose rule JAX makes anew at each trace."""
+    for _ in range(2):
+        compiled()
+        gradient(rbp(lambda w, x, h: 0.9 * act(w @ h + x)))
+    assert compiled() == []
+
+
+def test_what_a_rule_reads_is_read_at_each_call():
+    """A backward pass of its own that scales by a number which changes."""
+    box = {"scale": 1.0}
+
+    @jax.custom_vjp
+    def scaled(x):
+        return jnp.tanh(x)
+
+    scaled.defvjp(
+        lambda x: (jnp.tanh(x), x),
+        lambda x, g: (box["scale"] * g * (1 - jnp.tanh(x) ** 2),),
+    )
+    solve = rbp(lambda w, x, h: 0.8 * scaled(w @ h + x))
+    step = lambda scale: rbp(lambda w, x, h: 0.8 * fixed(scale, w @ h + x))
+
+    def fixed(scale, z):
+        return jnp.tanh(jax.lax.stop_gradient(z) * (1 - scale) + scale * z)
+
+    for scale in (1.0, 0.5, 1.0):
+        box["scale"] = scale
+        want = jax.jit(lambda w, s=step(scale): gradient(s, w))(W)
+        np.testing.assert_allclose(gradient(solve), want, rtol=1e-7)
+
+
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_whatever_f_reads_is_read_at_each_call(change):
     """Value and gradient after the change are those of a loop that reads it too."""
@@ -206,7 +247,15 @@ def test_programs_compare_by_what_they_compute():
     assert program(lambda w, x, h: jitted(h)) == program(lambda w, x, h: jitted(h))
 
 
-def test_inside_jit_nothing_is_kept(compiled):
+def test_programs_with_callbacks_are_not_kept():
+    """Python functions cannot be compared, and would be kept in vain."""
+    f = lambda w, x, h: jax.pure_callback(lambda a: 0.5 * a, H, h) + x
+    before = reuse._compiled.cache_info().misses
+    np.testing.assert_allclose(rbp(f)(W, X, H).value, 2 * X, rtol=1e-9)
+    assert reuse._compiled.cache_info().misses == before
+
+
+def test_inside_jit_nothing_is_kept():
     """There the program is part of what is around it, as ever."""
     before = reuse._compiled.cache_info()
     jax.jit(lambda w: gradient(rbp(step), w))(W)
