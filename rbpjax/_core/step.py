@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -128,6 +128,32 @@ def _state_and_aux(
             f"{type(made).__name__}. Return (h, aux), or leave has_aux out."
         )
     return made
+
+
+def has_products(step: Callable[[PyTree], PyTree], h: PyTree) -> bool:
+    """Whether products with the step's J can be had.
+
+    Not where it holds a function with a backward pass of its own, or a callback.
+    """
+    jaxpr = jax.make_jaxpr(lambda h: step(h))(h)
+    return not any(
+        name.startswith("custom_vjp_call") or name.endswith("_callback")
+        for name in _primitives(jaxpr.jaxpr)
+    )
+
+
+def _primitives(jaxpr: core.Jaxpr) -> Iterator[str]:
+    """The names of all primitives, also of nested functions."""
+    for eqn in jaxpr.eqns:
+        yield eqn.primitive.name
+        if eqn.primitive.name.startswith("custom_jvp_call"):
+            continue  # its derivative is given
+        for param in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(param, "jaxpr", param)
+            if hasattr(inner, "eqns"):
+                yield from _primitives(inner)
 
 
 def as_state(h: PyTree, name: str = "h0", *, mixed: bool = False) -> PyTree:

@@ -127,7 +127,7 @@ class Anderson:
                 taken = now.k - k
                 fallen = jnp.log(residual / now.first) / taken.astype(dtype)
                 left = jnp.log(tol / residual) / fallen
-                slow = (taken >= patience // 8) & ~(left <= patience)
+                slow = (taken >= patience // 2) & ~(left <= patience)
                 search = search._replace(good=search.good & ~slow)
                 reach = jnp.full_like(now.reach, 0)  # whoever goes on knows it better
             else:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rbpjax._core import tree
+from rbpjax._core.step import has_products
 from rbpjax._core.strategy import count, strategy, tolerance
 from rbpjax.fixed_point.arnoldi import Krylov, arnoldi
 from rbpjax.fixed_point.forward.anderson import Anderson
@@ -18,7 +19,6 @@ from rbpjax.fixed_point.iterate import (
     Look,
     Search,
     error_tol,
-    no_forward_mode,
     ratio,
 )
 from rbpjax.types import PyTree, Solution
@@ -28,7 +28,7 @@ MEMORY = 5
 PATIENCE = 30
 """Plain steps that are worth waiting for."""
 DIMENSION = 30
-"""Of the Krylov space, for states of up to 2¹⁷ numbers; fewer for larger ones."""
+"""Of the Krylov space; the whole one for up to 60 numbers, fewer from 2¹⁷ on."""
 SHORTEST = 2.0**-10
 """Of a step; a direction that is no better so near is wrong."""
 WAIT = 150
@@ -121,19 +121,43 @@ class Hybrid:
             good=jnp.ones_like(plain.good),
         )
         anderson = Anderson(max_steps=self.max_steps, memory=MEMORY)
-        try:
-            first, spent = anderson.run(scaled, search, k, tol, WAIT)
-            end = newton_krylov(
-                scaled, inwards(h0), first, spent, tol, self.max_steps, plain.done
-            )
-            found = end.search.solution(end.k, tol, self.max_steps)
-        except TypeError as error:
-            if not no_forward_mode(error):
-                raise
-            # A step with a backward pass of its own (custom_vjp) has no product with J.
-            only, spent = anderson.run(scaled, search, k, tol)
-            found = only.solution(spent, tol, self.max_steps)
+        if not has_products(step, h0):
+            search, k = anderson.run(scaled, search, k, tol)
+            found = search.solution(k, tol, self.max_steps)
+            return found._replace(value=outwards(found.value))
+        # Where f computes in a lower precision than its state, that is the goal.
+        noise = _noise(scaled, search.value)
+        goal = jnp.maximum(tol, 4 * noise)
+        settled = plain.done | (search.residual <= 4 * noise)
+        search = search._replace(good=~settled)
+        search, k = anderson.run(scaled, search, k + 4, goal, WAIT)
+        end = newton_krylov(
+            scaled, inwards(h0), search, k, goal, self.max_steps, settled
+        )
+        end = end._replace(
+            search=end.search._replace(done=end.search.done & ~(noise > tol))
+        )
+        found = end.search.solution(end.k, goal, self.max_steps)
         return found._replace(value=outwards(found.value))
+
+
+def _noise(step: Callable[[PyTree], PyTree], h: PyTree) -> jax.Array:
+    """The relative rounding error of f, where it is larger than the state's own.
+
+    What f(h + d) - f(h) - Jd is: it falls with the square of d unless it is rounding.
+    Four evaluations or products.
+    """
+    image, jvp = jax.linearize(step, h)
+    root = tree.coarsest_eps(h) ** 0.5
+
+    def remainder(length: float) -> jax.Array:
+        d = tree.scale(length / tree.coarsest_eps(h), _rounding(h))
+        linear = tree.add(image, jvp(d))
+        look = Look.near_one(step(tree.add(h, d)), linear)
+        return look.residual(jnp.ones_like(look.size), tree.coarsest_eps(h))
+
+    far, near = remainder(root), remainder(root / 4)
+    return jnp.where(near > far / 4, near, 0)
 
 
 def newton_krylov(
@@ -153,7 +177,8 @@ def newton_krylov(
     numbers = sum(
         u.size * (2 if jnp.iscomplexobj(u) else 1) for u in jax.tree.leaves(h0)
     )
-    dimension = min(numbers, DIMENSION, max(8, DIMENSION * 2**17 // numbers))
+    dimension = min(DIMENSION, max(8, DIMENSION * 2**17 // numbers))
+    dimension = numbers if numbers <= 2 * DIMENSION else dimension
 
     def unfinished(now: _State) -> jax.Array:
         more = (now.k <= max_steps) & (now.attempt < ATTEMPTS)
@@ -162,6 +187,11 @@ def newton_krylov(
     def body(now: _State) -> _State:
         image, jvp = jax.linearize(step, now.h)
         look = Look.near_one(image, now.h)
+        # Where terms of f cancel, rounding is that of the terms: leaves are measured by
+        # what passes through J, too.
+        terms = jvp(tree.scale(1 / eps, _rounding(now.h)))
+        flow = Look.near_one(terms, tree.scale(0.0, terms)).size
+        look = look._replace(size=jnp.maximum(look.size, flow))
         residual = now.search.residual_at(look, now.h)
         merit = look.merit(now.search.units)
         rounding = eps * jnp.linalg.norm(look.size)
@@ -190,7 +220,7 @@ def newton_krylov(
         certain = (error <= error_tol(tol)) & (krylov.left <= 0.9)
         done = better & (residual <= tol) & certain
 
-        k = now.k + 1
+        k = now.k + 2
         search = now.search.looked(look, now.h, k, done)
         k += krylov.dim
         gained = better & (fresh | (merit < 0.7 * now.mark))
