@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from jax import lax
 from jax.extend import core
 
 from rbpjax._core import sharding
+from rbpjax._core.reuse import Program
 from rbpjax.types import PyTree, Solution, StepFn
 
 ClosedStep = Callable[[PyTree, PyTree], PyTree]
@@ -25,12 +27,14 @@ class Closed(NamedTuple):
       consts: those arrays, integers and keys included.
       out: what the function returns, as a pytree of shapes and dtypes.
       varies: the ``shard_map`` axes over which what it returns varies.
+      program: what ``call`` runs.
     """
 
     call: Callable[..., PyTree]
     consts: tuple
     out: PyTree
     varies: frozenset
+    program: Program
 
 
 def convert(f: Callable[..., PyTree], *examples: PyTree) -> Closed:
@@ -57,9 +61,8 @@ def convert(f: Callable[..., PyTree], *examples: PyTree) -> Closed:
         values = run(*filter(is_array, jax.tree.leaves(args)))
         return jax.tree.unflatten(jax.tree.structure(out), values)
 
-    return Closed(
-        call, tuple(jaxpr.consts), out, sharding.varying_axes(jaxpr.out_avals)
-    )
+    varies = sharding.varying_axes(jaxpr.out_avals)
+    return Closed(call, tuple(jaxpr.consts), out, varies, Program(jaxpr.jaxpr))
 
 
 def close(
@@ -78,11 +81,27 @@ def close(
         h = sharding.vary(h, closed.varies)
         closed = convert(f, params, inputs, h)
 
-    def step(args: PyTree, h: PyTree) -> PyTree:
-        consts, params, inputs = args
-        return sharding.vary_like(closed.call(consts, params, inputs, h), h)
-
+    step = _Step(closed.program, jax.tree.structure(h), closed.call)
     return step, (closed.consts, only_arrays(params), only_arrays(inputs)), h
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """The step function of a program; equal to those that compute the same.
+
+    Attributes:
+      program: what it runs.
+      state: the structure of the state.
+      call: how it runs it; not compared.
+    """
+
+    program: Program
+    state: jax.tree_util.PyTreeDef
+    call: Callable[..., PyTree] = dataclasses.field(compare=False)
+
+    def __call__(self, args: PyTree, h: PyTree) -> PyTree:
+        consts, params, inputs = args
+        return sharding.vary_like(self.call(consts, params, inputs, h), h)
 
 
 def select_state(f: Callable[..., PyTree]) -> StepFn:

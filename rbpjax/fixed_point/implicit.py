@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rbpjax._core import sharding, tree
-from rbpjax._core.step import close, select_state, with_aux
+from rbpjax._core import reuse, sharding, tree
+from rbpjax._core.step import ClosedStep, close, select_state, with_aux
+from rbpjax._core.strategy import strategy
 from rbpjax.fixed_point.backward.adaptive import Adaptive
 from rbpjax.fixed_point.iterate import (
     apply_solver,
@@ -23,6 +24,7 @@ from rbpjax.fixed_point.iterate import (
 from rbpjax.fixed_point.newton import Newton
 from rbpjax.fixed_point.report import AdjointReport
 from rbpjax.fixed_point.solve import rbp_solve
+from rbpjax.fixed_point.speech import OnFailure, check_choice, heard, speaking
 from rbpjax.types import (
     BackwardRule,
     ForwardSolver,
@@ -41,7 +43,11 @@ ROUNDS = 10
 
 
 def rbp_fixed_point(
-    f: StepFn, *, backward: BackwardRule = Adaptive(), has_aux: bool = False
+    f: StepFn,
+    *,
+    backward: BackwardRule = Adaptive(),
+    has_aux: bool = False,
+    on_failure: OnFailure = "ignore",
 ) -> Callable[[Finder], Solve]:
     """Gives the answer of any solver the gradient of the fixed point h* = f(θ, x, h*).
 
@@ -60,6 +66,7 @@ def rbp_fixed_point(
       f: step function ``f(params, inputs, h) -> h``.
       backward: any ``BackwardRule``.
       has_aux: whether f returns a pair ``(h, aux)``, as with ``rbp_solve``.
+      on_failure: ``"ignore"``, ``"warn"``, ``"nan"`` or ``"raise"``, as there.
 
     Returns:
       ``wrap(solver) -> solve`` with ``solve(params, inputs, h0, probe=None) ->
@@ -87,7 +94,11 @@ def rbp_fixed_point(
       Liao et al. 2018, equations 4 to 9. Others' words for it: ``custom_fixed_point``
       in jaxopt, ``implicit_jvp`` in optimistix.
     """
-    solve_from = rbp_solve(f, forward=_as_it_is, backward=backward, has_aux=has_aux)
+    check_choice(on_failure)
+    backward = speaking(backward, on_failure)
+    solve_from = rbp_solve(
+        select_state(f) if has_aux else f, forward=AsItIs(), backward=backward
+    )
 
     def wrap(solver: Finder) -> Solve:
         _check_finder("rbp_fixed_point", solver)
@@ -103,7 +114,8 @@ def rbp_fixed_point(
             given = found if isinstance(found, Solution) else None
             h = found if given is None else given.value
             solution = solve_from(params, inputs, h, probe)
-            return _with_given(solution, given)
+            solution = heard(_with_given(solution, given), on_failure, "forward")
+            return with_aux(f, params, inputs, solution) if has_aux else solution
 
         return solve
 
@@ -117,6 +129,7 @@ def rbp_root(
     solver: Finder | None = None,
     backward: BackwardRule = Adaptive(),
     has_aux: bool = False,
+    on_failure: OnFailure = "ignore",
 ) -> Solve:
     """Transforms a function into a differentiable solver of its root.
 
@@ -148,6 +161,7 @@ def rbp_root(
         ``solver(params, inputs, h0) -> h*``, never differentiated.
       backward: any ``BackwardRule``.
       has_aux: whether F returns a pair ``(residual, aux)``, as with ``rbp_solve``.
+      on_failure: ``"ignore"``, ``"warn"``, ``"nan"`` or ``"raise"``, as there.
 
     Returns:
       ``solve(params, inputs, h0, probe=None) -> Solution``, as of ``rbp_solve``.
@@ -172,6 +186,8 @@ def rbp_root(
     check_solver(forward)
     if solver is not None:
         _check_finder("rbp_root", solver)
+    check_choice(on_failure)
+    backward = speaking(backward, on_failure)
     residual_of = select_state(F) if has_aux else F
 
     def solve(
@@ -186,19 +202,22 @@ def rbp_root(
             h0 = lax.stop_gradient(solver(*_constant((params, inputs, h0))))
             given, h0 = (h0, h0.value) if isinstance(h0, Solution) else (None, h0)
         closed, args, h = close(residual_of, params, inputs, lax.stop_gradient(h0))
-        residual = partial(closed, lax.stop_gradient(args))
-        found = _root(forward, residual, h) if solver is None else None
-        h = h if found is None else found.value
-        scale = _scale(residual, h)
+        fixed = lax.stop_gradient(args)
+        found = None
+        if solver is None:
+            found = reuse.run(_root, (closed, forward), fixed, h)
+            h = found.value
+        scale = reuse.run(_scale_at, (closed,), fixed, h)
 
         def f(params: PyTree, inputs: PyTree, h: PyTree) -> PyTree:
             return _step(scale, h, residual_of(params, inputs, h))
 
-        solve_from = rbp_solve(f, forward=_as_it_is, backward=backward)
+        solve_from = rbp_solve(f, forward=AsItIs(), backward=backward)
         solution = solve_from(params, inputs, h, probe)
         solution = _with_given(solution, given)
         if found is not None:  # whose verdict is of more than one residual
             solution = found._replace(value=solution.value)
+        solution = heard(solution, on_failure, "forward")
         return with_aux(F, params, inputs, solution) if has_aux else solution
 
     return solve
@@ -260,12 +279,16 @@ def _constant(x: PyTree) -> PyTree:
     return jax.tree.map(fix, x)
 
 
-def _as_it_is(step: Callable[[PyTree], PyTree], h0: PyTree) -> Solution:
+@strategy
+class AsItIs:
     """A forward solver that takes the start for the answer, and measures it."""
-    residual = relative_change(step(h0), h0)
-    status = status_of(residual, tree.default_tol(h0), exhausted=True)
-    converged = status == Status.CONVERGED
-    return Solution(h0, jnp.int32(0), jnp.int32(1), residual, status, converged)
+
+    def __call__(self, step: Callable[[PyTree], PyTree], h0: PyTree) -> Solution:
+        """The start, with its residual."""
+        residual = relative_change(step(h0), h0)
+        status = status_of(residual, tree.default_tol(h0), exhausted=True)
+        converged = status == Status.CONVERGED
+        return Solution(h0, jnp.int32(0), jnp.int32(1), residual, status, converged)
 
 
 def _with_given(solution: Solution, given: Solution | None) -> Solution:
@@ -300,9 +323,10 @@ class _Round(NamedTuple):
 
 
 def _root(
-    solver: ForwardSolver, residual: Callable[[PyTree], PyTree], h0: PyTree
+    closed: ClosedStep, solver: ForwardSolver, args: PyTree, h0: PyTree
 ) -> Solution:
     """The root found from h0, in F's scale there: solved anew where it was another."""
+    residual = partial(closed, args)
 
     def solved(h: PyTree, scale: PyTree) -> Solution:
         return apply_solver(solver, lambda u: _step(scale, u, residual(u)), h)
@@ -330,6 +354,11 @@ def _root(
     nothing, number = sharding.vary_like((nothing, jnp.int32(0)), h0)
     start = _Round(nothing._replace(value=h0), scale, scale, number)
     return lax.while_loop(unfinished, once, start).solution
+
+
+def _scale_at(closed: ClosedStep, args: PyTree, h: PyTree) -> PyTree:
+    """F's scale at h."""
+    return _scale(partial(closed, args), h)
 
 
 def _scale(residual: Callable[[PyTree], PyTree], h: PyTree) -> PyTree:

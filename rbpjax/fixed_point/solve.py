@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rbpjax._core import tree
+from rbpjax._core import reuse, tree
 from rbpjax._core.convolution import channels_last
 from rbpjax._core.step import (
     ClosedStep,
@@ -43,6 +43,14 @@ from rbpjax.fixed_point.bound import error_bound
 from rbpjax.fixed_point.forward.hybrid import Hybrid
 from rbpjax.fixed_point.iterate import apply_solver, check_solver, no_forward_mode
 from rbpjax.fixed_point.report import AdjointReport, as_probe, reported
+from rbpjax.fixed_point.speech import (
+    Line,
+    OnFailure,
+    check_choice,
+    heard,
+    speaking,
+    watched,
+)
 from rbpjax.types import (
     BackwardRule,
     ForwardSolver,
@@ -115,12 +123,44 @@ def _solve_bwd(step, solver, rule, saved, cotangents):
 _solve.defvjp(_solve_fwd, _solve_bwd)
 
 
+def _solved(
+    step: ClosedStep,
+    forward: ForwardSolver,
+    backward: BackwardRule,
+    on_failure: OnFailure,
+    line: Line | None,
+    back: Line | None,
+    args: PyTree,
+    h0: PyTree,
+    probe: AdjointReport | None,
+) -> Solution:
+    """The solve with these options."""
+
+    def forward_solver(step: ClosedStep, args: PyTree, start: PyTree) -> Solution:
+        once = channels_last(partial(step, args), start)
+        try:
+            return apply_solver(forward, watched(once, line), start)
+        except TypeError as error:
+            if not no_forward_mode(error):
+                raise
+            raise TypeError(
+                f"{forward!r} needs products with J, and f holds a function with a "
+                "backward pass of its own (custom_vjp), which has none. Take a solver "
+                "that only evaluates f, such as Anderson()."
+            ) from error
+
+    rule = speaking(backward, on_failure, back)
+    return _solve(step, forward_solver, rule, args, h0, probe)
+
+
 def rbp_solve(
     f: StepFn,
     *,
     forward: ForwardSolver = Hybrid(),
     backward: BackwardRule = Adaptive(),
     has_aux: bool = False,
+    on_failure: OnFailure = "ignore",
+    progress: bool = False,
 ) -> Solve:
     """Transforms a step function into a differentiable solver of its fixed point.
 
@@ -150,8 +190,10 @@ def rbp_solve(
     ``jax.jvp`` and ``jacfwd`` raise TypeError, use ``rbp_jvp``. Composes with ``jit``,
     ``vmap``, ``scan``, ``remat``, ``shard_map``. f may close over arrays, traced ones
     and modules too, and they receive gradients; integers, PRNG keys and what is no
-    array (functions, strings) may be anywhere in params and inputs. Outside ``jit``, f
-    is read at each call as it then is.
+    array (functions, strings) may be anywhere in params and inputs.
+
+    Outside ``jit`` f is read at each call as it then is, and calls of what computes the
+    same by the same strategies share one compilation: about a millisecond a call.
 
     What a step computes besides the state comes out with ``has_aux``: f returns
     (h, aux), and ``Solution.aux`` is that of one evaluation more, at h*, differentiated
@@ -162,6 +204,13 @@ def rbp_solve(
       forward: solver called as ``forward(step, h0)``; any ``ForwardSolver``.
       backward: rule called as ``backward(vjp, cotangent)``; any ``BackwardRule``.
       has_aux: whether f returns a pair ``(h, aux)``, aux any pytree of arrays.
+      on_failure: what happens where a solve, forward or backward, does not converge,
+        under ``jit`` too: nothing (``"ignore"``), a RuntimeWarning of one line
+        (``"warn"``), NaN in its value and so in what is computed from it (``"nan"``), a
+        RuntimeError (``"raise"``; from compiled code JAX's error with that text, when
+        the result is waited for). A truncated rule fails with a residual above 1.
+      progress: whether each evaluation of f and each product rewrites a line that says
+        how the solves go, in a terminal or notebook. Slow: each of them calls Python.
 
     Returns:
       ``solve(params, inputs, h0, probe=None) -> Solution``, where ``h0`` is a pytree of
@@ -200,21 +249,12 @@ def rbp_solve(
 
     check_solver(forward)
     check_rule(backward)
-
+    check_choice(on_failure)
+    line, back = None, None
+    if progress:
+        line, back = Line("forward", "evaluations"), Line("backward", "products")
+    options = (forward, backward, on_failure, line, back)
     state_of = select_state(f) if has_aux else f
-
-    def forward_solver(step: ClosedStep, args: PyTree, start: PyTree) -> Solution:
-        once = channels_last(partial(step, args), start)
-        try:
-            return apply_solver(forward, once, start)
-        except TypeError as error:
-            if not no_forward_mode(error):
-                raise
-            raise TypeError(
-                f"{forward!r} needs products with J, and f holds a function with a "
-                "backward pass of its own (custom_vjp), which has none. Take a solver "
-                "that only evaluates f, such as Anderson()."
-            ) from error
 
     def solve(
         params: PyTree,
@@ -226,13 +266,16 @@ def rbp_solve(
         step, args, h0 = close(state_of, params, inputs, h0)
         probe = as_probe(probe, h0)
         try:
-            solution = _solve(step, forward_solver, backward, args, h0, probe)
+            solution = reuse.run(_solved, (step, *options), args, h0, probe)
         except TypeError as error:
             if not no_forward_mode(error):
                 raise
             raise TypeError(_NO_FORWARD_MODE) from error
         value, *diagnostics = solution
         solution = Solution(value, *map(lax.stop_gradient, diagnostics))
+        if line is not None:
+            line.ended(solution)
+        solution = heard(solution, on_failure, "forward")
         return with_aux(f, params, inputs, solution) if has_aux else solution
 
     return solve

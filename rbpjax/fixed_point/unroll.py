@@ -8,7 +8,7 @@ from functools import partial
 import jax
 from jax import lax
 
-from rbpjax._core import tree
+from rbpjax._core import reuse, tree
 from rbpjax._core.convolution import channels_last
 from rbpjax._core.step import ClosedStep, close, select_state, with_aux
 from rbpjax.fixed_point.iterate import judged
@@ -92,19 +92,32 @@ def bptt(
     ) -> Solution:
         """The state after num_steps steps from h0."""
         step, args, h = close(state_of, params, inputs, h0)
-        if length < num_steps:
-            # All that enters is constant: nothing of these steps is stored.
-            fixed, start = lax.stop_gradient((args, h))
-            h = _run(step, fixed, start, num_steps - length)
-        if segment:
-            full = jax.checkpoint(lambda args, h: _run(step, args, h, segment))
-            segments = length // segment
-            h, _ = lax.scan(lambda h, _: (full(args, h), None), h, length=segments)
-        h = _run(step, args, h, length % segment if segment else length)
-        solution = _unrolled(step, args, h, num_steps)
+        counts = num_steps, length, segment
+        solution = reuse.run(_applied, (step, *counts), args, h)
         return with_aux(f, params, inputs, solution) if has_aux else solution
 
     return solve
+
+
+def _applied(
+    step: ClosedStep,
+    num_steps: int,
+    length: int,
+    segment: int,
+    args: PyTree,
+    h: PyTree,
+) -> Solution:
+    """``num_steps`` steps, the last ``length`` differentiated, in segments if any."""
+    if length < num_steps:
+        # All that enters is constant: nothing of these steps is stored.
+        fixed, start = lax.stop_gradient((args, h))
+        h = _run(step, fixed, start, num_steps - length)
+    if segment:
+        full = jax.checkpoint(lambda args, h: _run(step, args, h, segment))
+        segments = length // segment
+        h, _ = lax.scan(lambda h, _: (full(args, h), None), h, length=segments)
+    h = _run(step, args, h, length % segment if segment else length)
+    return _unrolled(step, args, h, num_steps)
 
 
 def _run(step: ClosedStep, args: PyTree, h: PyTree, length: int) -> PyTree:

@@ -16,6 +16,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
+from rbpjax._core.products import jvp
 from rbpjax._core.step import floats
 from rbpjax._core.tree import axpy
 from rbpjax.online.estimator import Carry, Observed, start
@@ -242,7 +243,7 @@ class Pushed(NamedTuple):
 def push(here: Observed, pair: RankOne) -> Pushed:
     """Takes the old pair through the step ``here``: one JVP, one VJP."""
     _, vjp = jax.vjp(lambda p: here.f(p, here.h), here.params)
-    _, jv = jax.jvp(lambda s: here.f(here.params, s), (here.h,), (pair.v,))
+    _, jv = jvp(lambda s: here.f(here.params, s), here.h, pair.v)
     (last,) = vjp(here.delta)
     past = jnp.asarray(optax.tree.vdot(here.delta, jv))  # δ J v without the VJP in h
     grads = axpy(past, pair.w, optax.tree.add(here.direct, last))

@@ -21,6 +21,7 @@ from collections.abc import Callable
 
 import jax
 
+from rbpjax._core.products import jvp
 from rbpjax._core.strategy import real, strategy
 from rbpjax.types import PyTree
 
@@ -105,8 +106,9 @@ class Central:
 class Exact:
     """The derivative itself, by ``jax.jvp``: no σ, no rounding, no curvature.
 
-    Cost: two to three forward passes a sample; the function must be differentiable in
-    forward mode. Weight perturbation with it is the forward gradient.
+    Cost: two to three forward passes a sample. Where a pass holds an ``rbp_solve``, or
+    else a backward pass of its own, it is by reverse mode twice. Weight perturbation
+    with it is the forward gradient.
 
     Example:
       >>> from rbpjax import perturb
@@ -122,4 +124,4 @@ class Exact:
     def __call__(self, run: Run, clean: PyTree) -> PyTree:
         """Returns the directional derivative."""
         del clean
-        return jax.jvp(run, (0.0,), (1.0,))[1]
+        return jvp(run, 0.0, 1.0)[1]
