@@ -271,7 +271,7 @@ def _rounding(h: PyTree) -> PyTree:
 
     def leaf(u: jax.Array) -> jax.Array:
         signs = jnp.where(jnp.arange(u.size) % 2, -1, 1).reshape(u.shape)
-        return (jnp.finfo(u.dtype).eps * signs.astype(u.real.dtype)) * u
+        return (jnp.finfo(u.dtype).eps * signs).astype(u.dtype) * u
 
     return jax.tree.map(leaf, h)
 
