@@ -138,16 +138,7 @@ def _solved(
 
     def forward_solver(step: ClosedStep, args: PyTree, start: PyTree) -> Solution:
         once = channels_last(partial(step, args), start)
-        try:
-            return apply_solver(forward, watched(once, line), start)
-        except TypeError as error:
-            if not no_forward_mode(error):
-                raise
-            raise TypeError(
-                f"{forward!r} needs products with J, and f holds a function with a "
-                "backward pass of its own (custom_vjp), which has none. Take a solver "
-                "that only evaluates f, such as Anderson()."
-            ) from error
+        return apply_solver(forward, watched(once, line), start)
 
     rule = speaking(backward, on_failure, back)
     return _solve(step, forward_solver, rule, args, h0, probe)
