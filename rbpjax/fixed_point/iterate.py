@@ -140,6 +140,10 @@ def next_look(
     return jnp.where(ahead >= 1, jnp.minimum(ahead, most), 1).astype(k.dtype)
 
 
+STUCK = 40
+"""Evaluations without a better iterate that end a search that stays where it is."""
+
+
 class Search(NamedTuple):
     """How the search for a fixed point stands.
 
@@ -178,9 +182,16 @@ class Search(NamedTuple):
         return look.residual(self.units, leaf_eps(h))
 
     def looked(
-        self, look: Look, h: PyTree, num_steps: jax.Array, done: jax.Array
+        self,
+        look: Look,
+        h: PyTree,
+        num_steps: jax.Array,
+        done: jax.Array,
+        patience: int = STUCK,
     ) -> Search:
         """With the state ``h`` looked at; ``done``: whether it meets the tolerance.
+
+        ``patience``: evaluations without a better iterate that are not too many.
 
         The best has the smallest residual, in absolute terms, or is the answer. The
         start is not preferred to what came of it, unless that is far worse: nothing was
@@ -192,7 +203,7 @@ class Search(NamedTuple):
         bonus = jnp.where(self.num_steps == 0, AWAY, 1)
         better = done | (merit < bonus * self.merit)  # False for NaN
         best = jnp.where(better, num_steps, self.num_steps)
-        stuck = (num_steps - best > STUCK) & (merit <= AWAY * self.merit)
+        stuck = (num_steps - best > patience) & (merit <= AWAY * self.merit)
         eps = float(jnp.finfo(residual.dtype).eps)
         return Search(
             tree.where(better, h, self.value),
@@ -219,8 +230,6 @@ class Search(NamedTuple):
         return Solution(self.value, steps, k, self.residual, status, self.done)
 
 
-STUCK = 40
-"""Evaluations without a better iterate that end a search that stays where it is."""
 AWAY = 10.0
 """A residual larger by so much than the best: the solver moves away from it."""
 

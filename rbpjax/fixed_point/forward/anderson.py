@@ -122,7 +122,7 @@ class Anderson:
                 h = tree.axpy(-gamma[i], tree.take(rows.mixed, i), h)
             residual = now.search.residual_at(look, now.h)
             done = meets(residual, now.reach, tol)
-            search = now.search.looked(look, now.h, now.k, done)
+            search = now.search.looked(look, now.h, now.k, done, STUCK)
             if patience is not None:
                 taken = now.k - k
                 fallen = jnp.log(residual / now.first) / taken.astype(dtype)
@@ -146,6 +146,10 @@ class Anderson:
         start = _State(h0, last, rows, gram, k, reach, first, search)
         end = lax.while_loop(unfinished, body, start)
         return end.search, end.k
+
+
+STUCK = 150
+"""Evaluations without a better iterate: Anderson's residuals do not fall steadily."""
 
 
 class _Pair(NamedTuple):

@@ -207,7 +207,8 @@ def newton_krylov(
         v, beta = tree.to_unit(r)
         fallen = ratio(merit, now.merit)
         enough = jnp.clip(0.9 * fallen * fallen, 1e-3, 0.1)
-        enough = jnp.maximum(enough, jnp.minimum(0.5, ratio(tol, 4 * residual)))
+        sufficient = jnp.minimum(0.5, ratio(tol, 4 * residual))
+        enough = jnp.maximum(enough, jnp.where(residual > tol, sufficient, 0))
         enough = jnp.where(better, enough, jnp.inf).astype(beta.dtype)
         krylov = arnoldi(lambda v: tree.sub(v, jvp(v)), v, dimension, enough)
         scale = jnp.where(fresh, merit, now.scale)
@@ -216,7 +217,7 @@ def newton_krylov(
         # The length of the step, and of what it may leave out, relative to the state.
         left = jnp.maximum(krylov.left * beta, rounding) / smallest
         smallest_leaf = jnp.min(jnp.where(look.size > eps, look.size, 1))
-        error = (jnp.linalg.norm(y) + left) / jnp.minimum(smallest_leaf, 1)
+        error = (jnp.linalg.norm(y) + left) / smallest_leaf
         certain = (error <= error_tol(tol)) & (krylov.left <= 0.9)
         done = better & (residual <= tol) & certain
 

@@ -96,7 +96,7 @@ class RRE:
             reach = jnp.maximum(jnp.where(plain, steps, 0), now.reach)
             reach = jnp.where(now.k == 0, unknown_reach(tol, now.h), reach)
             done = meets(residual, reach, tol)
-            search = now.search.looked(look, now.h, now.k, done)
+            search = now.search.looked(look, now.h, now.k, done, 150)
             return j + 1, _State(image, rows, now.k + 1, now.reach, search)
 
         def cycle(now: _State) -> _State:
