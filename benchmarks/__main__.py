@@ -6,6 +6,7 @@ import tyro
 
 from benchmarks.citation.experiment import Citation
 from benchmarks.comparison.before_after import BeforeAfter
+from benchmarks.comparison.collection.experiment import Collection
 from benchmarks.comparison.families import Families
 from benchmarks.comparison.fuzz import Fuzz
 from benchmarks.comparison.modes import Modes
@@ -24,6 +25,7 @@ from benchmarks.unitary.experiment import Unitary
 # To add an experiment, write it in one file and add one row here.
 EXPERIMENTS: tuple[type[Experiment], ...] = (
     Citation,
+    Collection,
     Families,
     Fuzz,
     Hopfield,

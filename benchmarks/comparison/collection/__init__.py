@@ -1,0 +1,1 @@
+"""Classic fixed points, solved with defaults only, and judged in float64."""

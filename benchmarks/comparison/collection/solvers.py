@@ -1,0 +1,184 @@
+"""Whoever solves the collection: this library's solvers and its peers' behind one call.
+
+A solver is a function ``(problem, arrays) -> Found``, the arrays in its precision. All
+have their own defaults, but the tolerance ε^¾ and a budget of 1,000 steps, which are
+this library's; what these mean is up to each.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+import rbpjax
+from benchmarks.comparison.collection.problem import Problem
+
+BUDGET = 1000
+
+
+class Found(NamedTuple):
+    """What a solver said.
+
+    Attributes:
+      value: the state.
+      converged: whether it claims success.
+      status: why it stopped, in a word or two.
+      work: evaluations of f and products with J, as the solver counts them.
+      gradient: of ‖h‖² / 2 for params, or None where it was not asked for.
+      report: what the report of the adjoint solve says: whether it converged.
+    """
+
+    value: Any
+    converged: bool
+    status: str
+    work: int
+    gradient: Any = None
+    report: bool = False
+
+
+Solver = Callable[[Problem, tuple], Found]
+
+
+def default_forward() -> rbpjax.ForwardSolver:
+    """The forward solver that ``rbp_solve`` takes if it is given none."""
+    return inspect.signature(rbpjax.rbp_solve).parameters["forward"].default
+
+
+def half_square(h: Any) -> jax.Array:
+    """The loss: ‖h‖² / 2 over all leaves."""
+    return sum(jnp.sum(jnp.abs(a) ** 2) for a in jax.tree.leaves(h)) / 2
+
+
+def ours(
+    make: Callable[[], rbpjax.ForwardSolver], problem: Problem, arrays: tuple
+) -> Found:
+    """The value and the gradient by the default rule, out of one program."""
+    solve = rbpjax.rbp_solve(problem.f, forward=make())
+
+    @jax.jit
+    def run(params: Any, inputs: Any, h0: Any) -> tuple:
+        def loss(params: Any, probe: Any) -> tuple:
+            solution = solve(params, inputs, h0, probe=probe)
+            return half_square(solution.value), solution
+
+        zeros = rbpjax.AdjointReport.zeros()
+        found = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, zeros)
+        (_, solution), (gradient, report) = found
+        return solution, gradient, report.converged
+
+    solution, gradient, report = jax.device_get(run(*arrays))
+    return Found(
+        solution.value,
+        bool(solution.converged),
+        rbpjax.Status(int(solution.status)).name.lower().replace("_", " "),
+        int(solution.num_products),
+        gradient,
+        bool(report == 1),
+    )
+
+
+def tolerance(h0: Any) -> float:
+    """Three quarters of the digits."""
+    return float(jnp.finfo(jax.tree.leaves(h0)[0].dtype).eps) ** 0.75
+
+
+def jaxopt(name: str, problem: Problem, arrays: tuple) -> Found:
+    import jaxopt
+
+    params, inputs, h0 = arrays
+    made = getattr(jaxopt, name)(
+        lambda h, params, inputs: problem.f(params, inputs, h),
+        maxiter=BUDGET,
+        tol=tolerance(h0),
+    )
+    value, state = jax.jit(made.run)(jax.tree.map(jnp.asarray, h0), params, inputs)
+    done = float(state.error) <= made.tol
+    return Found(value, done, "" if done else "not converged", int(state.iter_num))
+
+
+def optimistix(name: str, problem: Problem, arrays: tuple) -> Found:
+    import optimistix as optx
+
+    # lineax raises from compiled code, whatever `throw` says; it is recorded as a stop.
+    logging.getLogger("jax").setLevel(logging.CRITICAL)
+    params, inputs, h0 = arrays
+    solver = getattr(optx, name)(rtol=tolerance(h0), atol=tolerance(h0))
+    run = jax.jit(
+        lambda params, inputs, h0: optx.fixed_point(
+            lambda h, args: problem.f(*args, h),
+            solver,
+            h0,
+            args=(params, inputs),
+            max_steps=BUDGET,
+            throw=False,
+        )
+    )
+    solution = run(params, inputs, jax.tree.map(jnp.asarray, h0))
+    done = bool(solution.result == optx.RESULTS.successful)
+    steps = int(solution.stats["num_steps"])
+    n = sum(a.size for a in jax.tree.leaves(h0))
+    work = steps * (1 if name == "FixedPointIteration" else n + 1)  # a dense Jacobian
+    return Found(solution.value, done, "" if done else "not converged", work)
+
+
+def scipy(method: str, problem: Problem, arrays: tuple) -> Found:
+    """On the flat real vector, with dense Jacobians from JAX for MINPACK's hybr."""
+    import scipy.optimize
+
+    params, inputs, h0 = arrays
+    flat0, unravel = ravel_pytree(jax.tree.map(jnp.asarray, h0))
+    state = unravel
+    if jnp.iscomplexobj(flat0):
+        state = lambda v: unravel(jax.lax.complex(*jnp.split(v, 2)))
+    start = _real(h0)
+    residual = lambda v: _real(problem.f(params, inputs, state(v))) - v
+    called = jax.jit(residual)
+    jac = jax.jit(jax.jacfwd(residual))
+    narrow = lambda v: jnp.asarray(v, start.dtype)
+    wide = lambda a: np.asarray(a, np.float64)
+    more: dict[str, Any]
+    if method == "hybr":
+        more = {"jac": lambda v: wide(jac(narrow(v))), "options": {"maxfev": BUDGET}}
+    else:  # its tolerance is one of the residual's largest entry
+        more = {"options": {"maxiter": BUDGET // 10, "fatol": tolerance(h0)}}
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        found = scipy.optimize.root(
+            lambda v: wide(called(narrow(v))), wide(start), method=method, **more
+        )
+    work = int(found.get("nfev", 0)) + start.size * int(found.get("njev", 0))
+    value = jax.device_get(state(narrow(found.x)))
+    done = bool(found.success)
+    return Found(value, done, "" if done else "not converged", work)
+
+
+def _real(h: Any) -> jax.Array:
+    """A flat vector, the complex one as real parts and then imaginary parts."""
+    flat = ravel_pytree(h)[0]
+    if jnp.iscomplexobj(flat):
+        return jnp.concatenate([flat.real, flat.imag])
+    return flat
+
+
+SOLVERS: dict[str, Solver] = {
+    "default": partial(ours, default_forward),
+    "iteration": partial(ours, rbpjax.FixedPointIteration),
+    "anderson": partial(ours, rbpjax.Anderson),
+    "newton": partial(ours, rbpjax.Newton),
+    "jaxopt-iteration": partial(jaxopt, "FixedPointIteration"),
+    "jaxopt-anderson": partial(jaxopt, "AndersonAcceleration"),
+    "optimistix-iteration": partial(optimistix, "FixedPointIteration"),
+    "optimistix-newton": partial(optimistix, "Newton"),
+    "optimistix-dogleg": partial(optimistix, "Dogleg"),
+    "scipy-hybr": partial(scipy, "hybr"),
+    "scipy-krylov": partial(scipy, "krylov"),
+}

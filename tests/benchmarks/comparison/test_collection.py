@@ -1,0 +1,136 @@
+"""The collection: its problems are what they are said to be, and the judge is right."""
+
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.__main__ import main
+from benchmarks.comparison.collection import experiment, oddities
+from benchmarks.comparison.collection.judge import Judge, cast
+from benchmarks.comparison.collection.problem import Problem
+from benchmarks.comparison.collection.problems import problems, tuned
+from benchmarks.comparison.collection.solvers import SOLVERS, Found
+from benchmarks.harness import results
+
+
+def test_there_are_119_and_half_of_them_are_held_out():
+    assert len(problems()) >= 119
+    assert len(problems()) // 2 == len(tuned()) and tuned() < set(problems())
+    families = {p.family for p in problems().values()}
+    held_out = {problems()[n].family for n in set(problems()) - tuned()}
+    assert held_out == families
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+def test_every_step_keeps_the_types_of_its_state(precision):
+    """Without any promotion, in float32 too, or peers could not run it."""
+    for name, problem in problems().items():
+        given = cast((problem.params, problem.inputs, problem.h0), precision)
+        for f in filter(None, (problem.f, problem.smooth)):
+            with (
+                jax.enable_x64(precision == "float64"),
+                jax.numpy_dtype_promotion("strict"),
+            ):
+                image = jax.eval_shape(f, *given)
+                state = jax.eval_shape(lambda h: h, given[2])
+            assert jax.tree.all(jax.tree.map(_alike, image, state)), name
+        assert all(a.dtype.kind in "fc" for a in jax.tree.leaves(given[0])), name
+
+
+def _alike(a, b):
+    return a.shape == b.shape and a.dtype == b.dtype
+
+
+def test_what_has_no_fixed_point_has_none():
+    """By trying all patterns of signs, and by the left null vector of I - A."""
+    assert not oddities.has_fixed_point(*oddities.ABSOLUTE_VALUE)
+    x, w = oddities.ABSOLUTE_VALUE
+    assert oddities.has_fixed_point(x, 0.1 * w)
+    problem = problems()["none: inconsistent affine, I - A singular"]
+    left = np.linalg.svd(np.eye(6) - problem.inputs.T)[2][-1]
+    np.testing.assert_allclose(left @ problem.inputs, left, atol=1e-14)
+    assert abs(left @ problem.params) > 0.1
+
+
+def cosine():
+    """Two leaves of very different size, h = cos(h) and h = 1e6 + h / 2."""
+    step = lambda a, x, h: {"u": jnp.cos(a * h["u"]), "v": x + h["v"] / 2}
+    h0 = {"u": np.ones(2), "v": np.array(0.0)}
+    return Problem("test", step, np.array(1.0), np.array(1e6), h0)
+
+
+DOTTIE = 0.7390851332151607  # cos x = x
+
+
+def test_the_judge_measures_each_leaf_by_itself():
+    judge = Judge(cosine(), "float64")
+    value = {"u": np.full(2, DOTTIE * (1 + 1e-3)), "v": np.array(2e6)}
+    assert judge.answer(value).error == pytest.approx(1e-3, rel=1e-6)
+    value = {"u": np.full(2, DOTTIE), "v": np.array(2e6 * (1 - 1e-5))}
+    assert judge.answer(value).error == pytest.approx(1e-5, rel=1e-6)
+
+
+def test_the_judge_knows_the_gradient():
+    """Of u for a: dh/da = -h sin(h) / (1 + sin(h)) at the fixed point of cos."""
+    judge = Judge(cosine(), "float64")
+    answer = judge.answer({"u": np.full(2, 0.7), "v": np.array(1e6)})
+    sine = np.sin(DOTTIE)
+    want = -2 * DOTTIE * DOTTIE * sine / (1 + sine)
+    np.testing.assert_allclose(answer.gradient, [want], rtol=1e-10)
+    assert judge.gradient_error(np.array(1.01 * want), answer.gradient) == (
+        pytest.approx(0.01)
+    )
+
+
+def test_the_judge_is_absolute_at_zero_and_refuses_what_is_no_fixed_point():
+    zero = Judge(problems()["zero: h / 2 from ones"], "float64")
+    assert zero.answer(np.full(3, 1e-9)).error == pytest.approx(3**0.5 * 1e-9)
+    line = Judge(problems()["none: h + 1"], "float64")
+    assert line.answer(np.zeros(2)).error == np.inf
+
+
+def test_the_judge_polishes_the_rounded_problem():
+    """In float32 the weights are the rounded ones: no error where there is none."""
+    problem = problems()["affine, ρ 3, I - J well conditioned"]
+    w, x, _ = cast((problem.params, problem.inputs, problem.h0), "float32")
+    exact = w.astype(float) * x.astype(float) / 4
+    assert Judge(problem, "float32").answer(exact).error < 1e-14
+
+
+def liar(right, problem, arrays):
+    """Says converged, of the start or of the right value, with a zero gradient."""
+    judge = Judge(problem, "float64")
+    value = judge.unravel(judge.polish(np.ones(4))) if right else arrays[2]
+    gradient = jax.tree.map(np.zeros_like, arrays[0])
+    return Found(value, True, "converged", 7, gradient, True)
+
+
+def test_a_liar_is_silent(monkeypatch):
+    """One that lies about its value, and one that does so about the gradient alone."""
+    monkeypatch.setitem(SOLVERS, "default", partial(liar, False))
+    wrong = experiment.solve_one("default", "float64", "quick: 0.5 cos(h)")
+    assert (wrong["verdict"], wrong["gradient"]) == ("silent", "silent")
+    none = experiment.solve_one("default", "float64", "none: h + 1")
+    assert (none["verdict"], none["gradient"]) == ("silent", "silent")
+    monkeypatch.setitem(SOLVERS, "default", partial(liar, True))
+    half = experiment.solve_one("default", "float64", "quick: 0.5 cos(h)")
+    assert (half["verdict"], half["gradient"]) == ("solved", "silent")
+
+
+@pytest.mark.filterwarnings("ignore")  # orbax's own
+def test_the_command_writes_its_counts(capsys):
+    solvers = ["--solver", "default", "scipy-hybr"]
+    names = ["--problems", "quick: 0.5", "none: h + 1"]
+    assert main(["collection", *solvers, *names]) == 0
+    found = json.loads((results.RESULTS / "collection-custom.json").read_text())
+    for solver in ("default", "scipy-hybr"):
+        for precision in ("float64", "float32"):
+            counted = found["solvers"][solver][precision]["all"]
+            assert (counted["problems"], counted["silent"]) == (2, 0)
+            assert counted["solved"] == 2
+    assert "held out" in capsys.readouterr().out
+    assert main(["collection", "--problems", "no such problem"]) == 2
