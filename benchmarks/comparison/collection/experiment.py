@@ -11,18 +11,26 @@ import dataclasses
 import time
 from collections import Counter
 from functools import cache, partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import jax
 
 import rbpjax
+from benchmarks.comparison.collection.drawn import KINDS, SIZES, draw, stacked
 from benchmarks.comparison.collection.judge import ALLOWED, Judge, cast
 from benchmarks.comparison.collection.problems import problems, tuned
-from benchmarks.comparison.collection.solvers import SOLVERS, Found
+from benchmarks.comparison.collection.solvers import (
+    OURS,
+    SOLVERS,
+    Found,
+    program,
+    told,
+)
 from benchmarks.comparison.peers import installed
 from benchmarks.harness.checkpoints import Checkpoints
-from benchmarks.harness.options import OneOf, require
+from benchmarks.harness.options import Count, Natural, OneOf, require
 from benchmarks.harness.progress import progress, say
 from benchmarks.harness.results import code, record, write_json
 from benchmarks.harness.tables import table
@@ -43,16 +51,57 @@ class Collection:
     """Beginnings of names of problems."""
     precision: Annotated[tuple[str, ...], OneOf(PRECISIONS)] = PRECISIONS
     """float64, float32."""
+    random: bool = False
+    """Random problems in the place of the classic ones; this library's solvers only."""
+    count: Count = 1000
+    """How many random ones; rounded up to whole groups."""
+    seed: Natural = 0
+    """Of the random ones."""
     fresh: bool = False
     """Start over instead of resuming an interrupted run."""
 
     def run(self) -> dict[str, Any]:
-        """Writes ``results/collection.json`` and prints its table."""
+        """Writes ``results/collection.json``, or ``-random``, and prints its table."""
+        return self.run_random() if self.random else self.run_classic()
+
+    def run_random(self) -> dict[str, Any]:
+        """The random problems, a group of a kind and size at a time."""
+        solvers = [s for s in self.solver if s in OURS]
+        require(bool(solvers), f"--solver: with --random any of {', '.join(OURS)}")
+        size = -(-self.count // (len(KINDS) * len(SIZES)))
+        kept = {"size": size, "seed": self.seed, "sources": _sources()}
+        checkpoints = Checkpoints("collection-random", kept, self.fresh)
+        entries: dict[str, Any] = {}
+        for solver in solvers:
+            entries[solver] = {}
+            for precision in self.precision:
+                found = {}
+                for i, kind in enumerate(KINDS):
+                    make = partial(solve_kind, solver, precision, kind, size, self.seed)
+                    found |= checkpoints.once(f"{solver}-{precision}-{i}", make)
+                entries[solver][precision] = found
+                say(table(rows({solver: {precision: found}}, halves=False)))
+        options = dataclasses.asdict(self) | {"solver": solvers}
+        result = record(
+            "collection",
+            "collection --random",
+            options,
+            solvers={
+                s: {p: summary_of_kinds(f) for p, f in e.items()}
+                for s, e in entries.items()
+            },
+        )
+        path = write_json("collection-random", result)
+        say(f"\n{table(rows(entries, halves=False))}\nWritten: {path.name}")
+        checkpoints.clear()
+        return result
+
+    def run_classic(self) -> dict[str, Any]:
+        """The 119, a family at a time."""
         names = [n for n in problems() if n.startswith(self.problems)]
         require(bool(names), f"--problems: none begins with {list(self.problems)}")
         available = [s for s in self.solver if _available(s)]
-        sources = [code(Path(rbpjax.__file__).parent), code(Path(__file__).parent)]
-        kept = {"names": names, "sources": [s["sources"] for s in sources]}
+        kept = {"names": names, "sources": _sources()}
         checkpoints = Checkpoints("collection", kept, self.fresh)
         entries: dict[str, Any] = {}
         for solver in available:
@@ -85,6 +134,12 @@ class Collection:
         return result
 
 
+def _sources() -> list[str]:
+    """What a result depends on: another version never resumes from it."""
+    folders = Path(rbpjax.__file__).parent, Path(__file__).parent
+    return [code(folder)["sources"] for folder in folders]
+
+
 def _available(solver: str) -> bool:
     library = solver.split("-")[0]
     why = installed(library) if library in ("jaxopt", "optimistix") else None
@@ -108,13 +163,35 @@ def solve_all(solver: str, precision: str, names: list[str]) -> dict[str, Any]:
     return found
 
 
+def solve_kind(
+    solver: str, precision: str, kind: str, size: int, seed: int
+) -> dict[str, Any]:
+    """Name of a kind, size and number -> what came of it; a program for each size."""
+    entries = {}
+    for n in SIZES:
+        problems = draw(kind, n, size, seed)
+        given = [cast((p.params, p.inputs, p.h0), precision) for p in problems]
+        with jax.enable_x64(precision == "float64"):
+            run = jax.vmap(program(OURS[solver](), problems[0].f))
+            found = jax.device_get(jax.jit(run)(*stacked(given)))
+        judge = Judge(problems[0], precision)
+        for i, data in enumerate(given):
+            one = told(*jax.tree.map(itemgetter(i), found))
+            entries[f"{kind} {n} {i}"] = entry = judged(judge.of(*data), one)
+            if "silent" in (entry["verdict"], entry["gradient"]):
+                say(f"  {solver} {precision} {kind} {n} {i}: {describe(entry)}")
+    return entries
+
+
 def describe(entry: dict[str, Any]) -> str:
     """An entry in words."""
     text = f"{entry['verdict']} ({entry['status'] or 'converged'})"
     if entry["error"] is not None:
         text += f", error {entry['error']:.1e}"
     if entry.get("gradient"):
-        text += f", gradient {entry['gradient']} {entry['gradient_error'] or 0:.1e}"
+        text += f", gradient {entry['gradient']}"
+    if entry.get("gradient_error") is not None:
+        text += f" {entry['gradient_error']:.1e}"
     return f"{text}, work {entry['work']}"
 
 
@@ -165,7 +242,12 @@ def _judged_gradient(judge: Judge, found: Found, exact: Any) -> dict[str, Any]:
             verdict = "undefined"  # I - J is singular at a fixed point that was found
     else:
         verdict = "flagged"
-    return {"gradient": verdict, "gradient_error": error}
+    alone = found.report and error is not None and not right
+    return {
+        "gradient": verdict,
+        "gradient_error": error,
+        "report_alone_wrong": alone and not found.converged,
+    }
 
 
 def counts(found: dict[str, Any]) -> dict[str, Any]:
@@ -184,6 +266,7 @@ def counts(found: dict[str, Any]) -> dict[str, Any]:
         ),
         "work_on_solved": sum(e["work"] for e in solved),
         "gradients": dict(Counter(e["gradient"] for e in with_gradient)),
+        "report_alone_wrong": sum(e["report_alone_wrong"] for e in with_gradient),
     }
 
 
@@ -211,8 +294,24 @@ def summary(solver: str, entries: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def rows(entries: dict[str, Any]) -> list[dict[str, str]]:
-    """A row a solver and precision."""
+def summary_of_kinds(found: dict[str, Any]) -> dict[str, Any]:
+    """Counts of all and by kind, and the names of what is silent."""
+    return {
+        "all": counts(found),
+        "kinds": {
+            kind: counts({n: e for n, e in found.items() if n.startswith(f"{kind} ")})
+            for kind in KINDS
+        },
+        "silent": {
+            n: describe(e)
+            for n, e in found.items()
+            if "silent" in (e["verdict"], e["gradient"])
+        },
+    }
+
+
+def rows(entries: dict[str, Any], halves: bool = True) -> list[dict[str, str]]:
+    """A row a solver and precision, the half that is held out in a column."""
     made = []
     for solver, by_precision in entries.items():
         for precision, found in by_precision.items():
@@ -224,7 +323,11 @@ def rows(entries: dict[str, Any]) -> list[dict[str, str]]:
                     "solver": solver,
                     "precision": precision,
                     "solved": f"{c['solved']} of {c['problems']}",
-                    "held out": f"{half['solved']} of {half['problems']}",
+                    **(
+                        {"held out": f"{half['solved']} of {half['problems']}"}
+                        if halves
+                        else {}
+                    ),
                     "silent": f"{c['silent']}",
                     "flagged": ", ".join(f"{n} {s}" for s, n in c["flagged"].items())
                     or "–",

@@ -9,6 +9,7 @@ float64 arithmetic.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from typing import Any, NamedTuple
 
@@ -74,6 +75,12 @@ class Judge:
 
         self._look = jax.jit(look)
 
+    def of(self, params: Any, inputs: Any, h0: Any) -> Judge:
+        """The judge of other data of the same shapes, without compiling anew."""
+        other = copy.copy(self)
+        other.params, other.inputs, other.h0 = cast((params, inputs, h0), "float64")
+        return other
+
     def unravel(self, v: Any) -> Any:
         """A flat real vector -> a state."""
         leaves, treedef = jax.tree.flatten(self.h0)
@@ -126,8 +133,7 @@ class Judge:
                 new = v + length * step
                 r, new_jac, _ = self.look(new)
                 again = solve(jac, r, v) if np.isfinite(r).all() else None
-                bound = (1 - length / 4) * np.linalg.norm(step)
-                if again is not None and np.linalg.norm(again) <= bound:
+                if again is not None and _shorter(again, step, 1 - length / 4):
                     break
                 length /= 2
             else:  # as near as rounding lets it, or nowhere
@@ -176,14 +182,19 @@ def solve(jac: np.ndarray, r: np.ndarray, v: np.ndarray) -> np.ndarray | None:
     matrix = np.eye(r.size) - jac
     if not np.isfinite(matrix).all():
         return None
-    rounding = 1e-14 * (np.linalg.norm(v) + np.linalg.norm(r + v))
     for method in (np.linalg.solve, _least):
-        with contextlib.suppress(np.linalg.LinAlgError):
+        with contextlib.suppress(np.linalg.LinAlgError), np.errstate(all="ignore"):
+            rounding = 1e-14 * (np.linalg.norm(v) + np.linalg.norm(r + v))
             d = method(matrix, r)
             left = np.linalg.norm(matrix @ d - r)
             if left <= 1e-3 * np.linalg.norm(r) + rounding:
                 return d
     return None
+
+
+def _shorter(a: np.ndarray, b: np.ndarray, by: float) -> bool:
+    with np.errstate(all="ignore"):
+        return bool(np.linalg.norm(a) <= by * np.linalg.norm(b))
 
 
 def _least(matrix: np.ndarray, r: np.ndarray) -> np.ndarray:

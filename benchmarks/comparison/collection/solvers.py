@@ -2,7 +2,8 @@
 
 A solver is a function ``(problem, arrays) -> Found``, the arrays in its precision. All
 have their own defaults, but the tolerance ε^¾ and a budget of 1,000 steps, which are
-this library's; what these mean is up to each.
+this library's; what these mean is up to each. (banax needs a newer Python and JAX than
+the others: it is not measured. A row of ``SOLVERS`` would do.)
 """
 
 from __future__ import annotations
@@ -58,13 +59,10 @@ def half_square(h: Any) -> jax.Array:
     return sum(jnp.sum(jnp.abs(a) ** 2) for a in jax.tree.leaves(h)) / 2
 
 
-def ours(
-    make: Callable[[], rbpjax.ForwardSolver], problem: Problem, arrays: tuple
-) -> Found:
-    """The value and the gradient by the default rule, out of one program."""
-    solve = rbpjax.rbp_solve(problem.f, forward=make())
+def program(forward: rbpjax.ForwardSolver, f: Callable) -> Callable:
+    """``(params, inputs, h0) -> (solution, gradient, report converged)``, in one."""
+    solve = rbpjax.rbp_solve(f, forward=forward)
 
-    @jax.jit
     def run(params: Any, inputs: Any, h0: Any) -> tuple:
         def loss(params: Any, probe: Any) -> tuple:
             solution = solve(params, inputs, h0, probe=probe)
@@ -75,7 +73,11 @@ def ours(
         (_, solution), (gradient, report) = found
         return solution, gradient, report.converged
 
-    solution, gradient, report = jax.device_get(run(*arrays))
+    return run
+
+
+def told(solution: rbpjax.Solution, gradient: Any, report: Any) -> Found:
+    """What this library said, of one problem."""
     return Found(
         solution.value,
         bool(solution.converged),
@@ -84,6 +86,13 @@ def ours(
         gradient,
         bool(report == 1),
     )
+
+
+def ours(
+    make: Callable[[], rbpjax.ForwardSolver], problem: Problem, arrays: tuple
+) -> Found:
+    """The value and the gradient by the default rule."""
+    return told(*jax.device_get(jax.jit(program(make(), problem.f))(*arrays)))
 
 
 def tolerance(h0: Any) -> float:
@@ -169,11 +178,14 @@ def _real(h: Any) -> jax.Array:
     return flat
 
 
+OURS: dict[str, Callable[[], rbpjax.ForwardSolver]] = {
+    "default": default_forward,
+    "iteration": rbpjax.FixedPointIteration,
+    "anderson": rbpjax.Anderson,
+    "newton": rbpjax.Newton,
+}
 SOLVERS: dict[str, Solver] = {
-    "default": partial(ours, default_forward),
-    "iteration": partial(ours, rbpjax.FixedPointIteration),
-    "anderson": partial(ours, rbpjax.Anderson),
-    "newton": partial(ours, rbpjax.Newton),
+    **{name: partial(ours, make) for name, make in OURS.items()},
     "jaxopt-iteration": partial(jaxopt, "FixedPointIteration"),
     "jaxopt-anderson": partial(jaxopt, "AndersonAcceleration"),
     "optimistix-iteration": partial(optimistix, "FixedPointIteration"),
