@@ -11,7 +11,7 @@ import pytest
 from benchmarks.__main__ import main
 from benchmarks.comparison.collection import oddities, solvers, verdict
 from benchmarks.comparison.collection.drawn import draw
-from benchmarks.comparison.collection.judge import Judge, cast, host_ravel
+from benchmarks.comparison.collection.judge import Judge, cast, host_ravel, loss
 from benchmarks.comparison.collection.problem import Problem
 from benchmarks.comparison.collection.problems import problems, tuned
 from benchmarks.comparison.collection.solvers import SOLVERS, Found
@@ -88,6 +88,17 @@ def test_the_judge_knows_the_gradient():
     np.testing.assert_allclose(answer.gradient, [want], rtol=1e-10)
     error = judge.gradient_error(np.array(1.01 * want), answer.gradient)
     assert error == pytest.approx(0.01)
+
+
+def test_the_judge_transposes_and_keeps_to_the_convention_for_complex_numbers():
+    """Against JAX's derivative of a direct solve of h = W h + x."""
+    problem = problems()["complex affine, ρ 0.97"]
+    with jax.enable_x64(True):
+        direct = lambda w: jnp.linalg.solve(jnp.eye(10) - w, problem.inputs)
+        want = jax.grad(lambda w: loss(direct(w)))(problem.params)
+        answer = Judge(problem, "float64").answer(direct(problem.params))
+    assert answer.error < 1e-12
+    np.testing.assert_allclose(answer.gradient, host_ravel(want), rtol=1e-9)
 
 
 def test_the_judge_is_absolute_at_zero_and_refuses_what_is_no_fixed_point():
