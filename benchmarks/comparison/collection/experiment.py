@@ -8,15 +8,17 @@ are for whoever tunes a solver, and half are held out; ``--random`` has others.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import rbpjax
+from benchmarks.comparison.collection import judge, problem, solvers
 from benchmarks.comparison.collection.drawn import KINDS, SIZES
 from benchmarks.comparison.collection.judge import ALLOWED
-from benchmarks.comparison.collection.problems import problems, tuned
+from benchmarks.comparison.collection.problems import FILES, problems, tuned
 from benchmarks.comparison.collection.solvers import OURS, SOLVERS
 from benchmarks.comparison.collection.summary import rows, summary, summary_of_kinds
 from benchmarks.comparison.collection.verdict import describe, solve_all, solve_kind
@@ -59,22 +61,21 @@ class Collection:
 
     def run_random(self) -> dict[str, Any]:
         """The random problems, a group of a kind and size at a time."""
-        solvers = [s for s in self.solver if s in OURS]
-        require(bool(solvers), f"--solver: with --random any of {', '.join(OURS)}")
+        chosen = [s for s in self.solver if s in OURS]
+        require(bool(chosen), f"--solver: with --random any of {', '.join(OURS)}")
         size = -(-self.count // (len(KINDS) * len(SIZES)))
         parts = {
             str(i): partial(solve_kind, kind=kind, size=size, seed=self.seed)
             for i, kind in enumerate(KINDS)
         }
         kept = {"size": size, "seed": self.seed}
-        return self.measure("collection-random", solvers, parts, kept)
+        return self.measure("collection-random", chosen, parts, kept)
 
     def run_classic(self) -> dict[str, Any]:
         """The 119, a family at a time."""
         names = [n for n in problems() if n.startswith(self.problems)]
         require(bool(names), f"--problems: none begins with {list(self.problems)}")
-        before = read_json("collection")["solvers"] if self.keep_peers else {}
-        before = {s: e for s, e in before.items() if s not in OURS}
+        before = _rows_of_peers() if self.keep_peers else {}
         available = [s for s in self.solver if s not in before and _available(s)]
         parts = {}
         for family in dict.fromkeys(problems()[n].family for n in names):
@@ -91,7 +92,7 @@ class Collection:
     def measure(
         self,
         name: str,
-        solvers: list[str],
+        chosen: list[str],
         parts: dict[str, Callable],
         kept: dict[str, Any],
         before: dict[str, Any] | None = None,
@@ -100,7 +101,7 @@ class Collection:
         kept = kept | {"sources": _sources()}
         checkpoints = Checkpoints("collection", kept, self.fresh)
         summaries: dict[str, Any] = {}
-        for solver in solvers:
+        for solver in chosen:
             summaries[solver] = {}
             for precision in self.precision:
                 found: dict[str, Any] = {}
@@ -112,15 +113,38 @@ class Collection:
                     made["problems"] = {n: describe(e) for n, e in found.items()}
                 summaries[solver][precision] = made
                 say(table(rows({solver: {precision: made}})))
-        options = dataclasses.asdict(self) | {"solver": solvers}
+        options = dataclasses.asdict(self) | {"solver": chosen}
         command = "collection" + " --random" * self.random
         tune = [] if self.random else sorted(tuned())
         solved = summaries | (before or {})
-        result = record("collection", command, options, tune=tune, solvers=solved)
+        result = record(
+            "collection",
+            command,
+            options,
+            problems_sources=problems_sources(),
+            tune=tune,
+            solvers=solved,
+        )
         path = write_json(name, result)
         say(f"\n{table(rows(solved))}\nWritten: {path.name}")
         checkpoints.clear()
         return result
+
+
+def _rows_of_peers() -> dict[str, Any]:
+    """What the result file has of other libraries, if it is of these very problems."""
+    result = read_json("collection")
+    same = result["problems_sources"] == problems_sources()
+    require(same, "--keep-peers: the result file is of other problems; run all of it")
+    return {s: e for s, e in result["solvers"].items() if s not in OURS}
+
+
+def problems_sources() -> str:
+    """A hash of all that rows of other libraries depend on."""
+    digest = hashlib.sha256()
+    for module in (*FILES, problem, judge, solvers):
+        digest.update(Path(str(module.__file__)).read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _sources() -> list[str]:

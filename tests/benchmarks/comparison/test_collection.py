@@ -11,10 +11,12 @@ import pytest
 from benchmarks.__main__ import main
 from benchmarks.comparison.collection import oddities, solvers, verdict
 from benchmarks.comparison.collection.drawn import draw
+from benchmarks.comparison.collection.experiment import problems_sources
 from benchmarks.comparison.collection.judge import Judge, cast, host_ravel, loss
 from benchmarks.comparison.collection.problem import Problem
 from benchmarks.comparison.collection.problems import problems, tuned
 from benchmarks.comparison.collection.solvers import SOLVERS, Found
+from benchmarks.comparison.collection.summary import counts
 from benchmarks.harness import results
 from rbpjax import Solution
 
@@ -192,3 +194,19 @@ def test_the_command_writes_its_counts(capsys):
             assert counted["solved"] == 2
     assert "held out" in capsys.readouterr().out
     assert main(["collection", "--problems", "no such problem"]) == 2
+
+
+def test_rows_of_peers_are_kept_only_of_the_same_problems(capsys):
+    command = "collection --solver default --precision float64 --keep-peers".split()
+    command += ["--problems", "quick: 0.5"]
+    row = {"all": counts({}), "report": counts({}), "tune": counts({})}
+    rows = {"scipy-hybr": {"float64": row}, "iteration": {"float64": row}}
+    kept = {"problems_sources": problems_sources(), "solvers": rows}
+    results.prepare()
+    results.write_json("collection", kept)
+    assert main(command) == 0
+    found = json.loads((results.RESULTS / "collection-custom.json").read_text())
+    assert list(found["solvers"]) == ["default", "scipy-hybr"]
+    results.write_json("collection", kept | {"problems_sources": "others"})
+    assert main(command) == 2
+    assert "--keep-peers" in capsys.readouterr().err
