@@ -8,6 +8,7 @@ wrong.
 
 from __future__ import annotations
 
+import math
 import time
 from functools import cache
 from operator import itemgetter
@@ -16,7 +17,7 @@ from typing import Any
 import jax
 
 from benchmarks.comparison.collection.drawn import SIZES, draw, stacked
-from benchmarks.comparison.collection.judge import Judge, cast
+from benchmarks.comparison.collection.judge import Answer, Judge, cast
 from benchmarks.comparison.collection.problems import problems
 from benchmarks.comparison.collection.solvers import (
     OURS,
@@ -66,7 +67,7 @@ def solve_kind(
     return entries
 
 
-def solve_one(solver: str, precision: str, name: str) -> dict[str, Any]:
+def solve_one(solver: str, precision: str, name: str) -> Entry:
     """One problem by one solver, judged."""
     problem = problems()[name]
     arrays = cast((problem.params, problem.inputs, problem.h0), precision)
@@ -82,7 +83,7 @@ def solve_one(solver: str, precision: str, name: str) -> dict[str, Any]:
     return judged(judge, found) | {"cpu_s": seconds}
 
 
-def judged(judge: Judge, found: Found) -> dict[str, Any]:
+def judged(judge: Judge, found: Found) -> Entry:
     """The verdict on a value and its gradient."""
     problem = judge.problem
     answer = judge.answer(found.value) if problem.has_answer else None
@@ -91,7 +92,7 @@ def judged(judge: Judge, found: Found) -> dict[str, Any]:
         verdict = "solved" if right else "silent"
     else:
         verdict = "flagged" if problem.has_answer else "solved"
-    entry: dict[str, Any] = {
+    entry: Entry = {
         "verdict": verdict,
         "status": found.status,
         "error": answer and answer.error,
@@ -99,30 +100,32 @@ def judged(judge: Judge, found: Found) -> dict[str, Any]:
         "work": found.work,
     }
     if found.gradient is not None:
-        entry |= _judged_gradient(judge, found, answer and answer.gradient)
+        entry |= _judged_gradient(judge, found, answer)
     return entry
 
 
-def _judged_gradient(judge: Judge, found: Found, exact: Any) -> dict[str, Any]:
-    """Right, silent (both solves said converged and it is wrong), or flagged."""
+def _judged_gradient(judge: Judge, found: Found, answer: Answer | None) -> Entry:
+    """Right, silent (both solves said converged and it is wrong), or flagged.
+
+    Undefined where I - J is singular at a fixed point that was found.
+    """
+    polished = answer is not None and answer.error < math.inf
+    exact = answer.gradient if answer else None
     error = None if exact is None else judge.gradient_error(found.gradient, exact)
     right = error is not None and error <= judge.allowed
-    said = found.converged and found.report
-    if said:
-        verdict = "right" if right else "silent"
-        if exact is None and judge.problem.has_answer:
-            verdict = "undefined"  # I - J is singular at a fixed point that was found
-    else:
-        verdict = "flagged"
-    alone = found.report and error is not None and not right
+    verdict = "flagged"
+    if found.converged and found.report:
+        wrong = "undefined" if polished and exact is None else "silent"
+        verdict = "right" if right else wrong
     return {
         "gradient": verdict,
         "gradient_error": error,
-        "report_alone_wrong": alone and not found.converged,
+        # Converged, says the report of the adjoint; the forward solve says that not.
+        "report_alone_wrong": found.report and not found.converged and not right,
     }
 
 
-def describe(entry: dict[str, Any]) -> str:
+def describe(entry: Entry) -> str:
     """An entry in words."""
     text = f"{entry['verdict']} ({entry['status'] or 'converged'})"
     if entry["error"] is not None:

@@ -138,6 +138,18 @@ def test_a_liar_is_silent(monkeypatch):
     assert (half["verdict"], half["gradient"]) == ("solved", "silent")
 
 
+def test_a_gradient_at_a_singular_root_is_undefined_and_a_report_alone_can_lie():
+    problem = problems()["MGH Powell singular, h - F"]
+    judge, zero = Judge(problem, "float64"), np.zeros(4)
+    say = lambda value, converged: Found(value, converged, "", 1, zero, True)
+    at_root = verdict.judged(judge, say(zero, True))
+    assert (at_root["verdict"], at_root["gradient"]) == ("solved", "undefined")
+    assert not at_root["report_alone_wrong"]
+    far = verdict.judged(judge, say(np.ones(4), False))
+    assert (far["verdict"], far["gradient"]) == ("flagged", "flagged")
+    assert far["report_alone_wrong"]
+
+
 @pytest.mark.full
 def test_what_is_said_to_have_a_fixed_point_has_one():
     """Newton reaches one from the start, from near it, or after some damped steps.
