@@ -63,6 +63,10 @@ FORWARD: dict[str, Callable[[Random, float | None], Forward | None]] = {
     "given": lambda random, tol: given,
 }
 
+# Newer than some versions that may be compared.
+if hasattr(rbpjax, "Hybrid"):
+    FORWARD["Hybrid"] = lambda _, tol: rbpjax.Hybrid(tol=tol, max_steps=300)
+
 BACKWARD: dict[str, Callable[[Random, float | None], Backward | None]] = {
     "default": lambda random, tol: None,
     "Adaptive": lambda _, tol: rbpjax.Adaptive(tol=tol, max_steps=400),
@@ -273,10 +277,8 @@ def _draw(random: Random, setting: Setting) -> Problem:
         a = w @ u + x
     nowhere = False
     if setting.forward != "given" and random.random() < 0.04:
-        made = _without_fixed_point(random, setting.curves, n)
-        if made is not None:
-            code, w, x, b, c = made
-            nowhere, nonlinear = True, bool((code != CODES["affine"]).any())
+        code, w, x, b, c = _without_fixed_point(random, setting.curves, n)
+        nowhere, nonlinear = True, bool((code != CODES["affine"]).any())
     start = _start(random, u, unit, setting.forward == "given", precision)
     loss, size = _loss(random, unit, leaf, precision)
     garbage = random.normal(size=n) * 10.0 ** random.uniform(-6, 6) * size
@@ -332,27 +334,25 @@ def _anchors(random: Random, curves: list[str]) -> tuple[np.ndarray, np.ndarray]
 
 def _without_fixed_point(
     random: Random, names: tuple[str, ...], n: int
-) -> tuple[np.ndarray, ...] | None:
+) -> tuple[np.ndarray, ...]:
     """A map that has none, because its first entry has none by itself.
 
-    That one is u + exp(-u), softplus(u), √(1 + u²), u² + 1 or u + 1.
+    That one is u + exp(-u), softplus(u), √(1 + u²), u² + 1 or u + something.
     """
-    name = _pick(random, [names[0], names[2]])
-    code = np.full(n, CODES[name])
+    # Of W, b and c, for that entry.
+    known = {
+        "affine": (1, 0, 10.0 ** random.uniform(-3, 0)),
+        "decay": (1, 1, 0),
+        "softplus": (1, 0, 0),
+        "hyperbola": (1, 0, 0),
+        "square": (1, 0, 1),
+    }
+    name = _pick(random, [c for c in names if c in known])
     w, x = 0.3 * random.normal(size=(n, n)) / n**0.5, np.zeros(n)
-    w[0] = 0
     b, c = np.zeros(n), np.zeros(n)
-    if name == "decay":
-        w[0, 0], b[0] = 1, 1
-    elif name in ("softplus", "hyperbola"):
-        w[0, 0] = 1
-    elif name == "square":
-        w[0, 0], c[0] = 1, 1
-    elif name == "affine":
-        w[0, 0], c[0] = 1, 10.0 ** random.uniform(-3, 0)
-    else:
-        return None
-    return code, w, x, b, c
+    w[0] = 0
+    w[0, 0], b[0], c[0] = known[name]
+    return np.full(n, CODES[name]), w, x, b, c
 
 
 def _start(

@@ -67,6 +67,9 @@ class Curve(NamedTuple):
       low, high: where |a| of a planned fixed point may lie: the slope is neither tiny
         nor huge there.
       signed: whether a may be negative there.
+      blur: roundings, absolute, in its slope as JAX computes it; 0 where they are
+        relative. 1 - tanh² is a difference: where tanh is 1 to rounding, the derivative
+        of the f that is computed is another one than that of the f that is meant.
     """
 
     value: Callable[[Any, Any], Any]
@@ -74,11 +77,14 @@ class Curve(NamedTuple):
     low: float
     high: float
     signed: bool = True
+    blur: float = 0.0
 
 
 CURVES = {
     "affine": Curve(lambda xp, a: a, np.ones_like, 0.0, 2.0),
-    "tanh": Curve(lambda xp, a: xp.tanh(a), lambda a: 1 - np.tanh(a) ** 2, 0, 1.2),
+    "tanh": Curve(
+        lambda xp, a: xp.tanh(a), lambda a: 1 / np.cosh(a) ** 2, 0, 1.2, blur=2.0
+    ),
     "sine": Curve(lambda xp, a: xp.sin(2 * a), lambda a: 2 * np.cos(2 * a), 0, 0.6),
     "softplus": Curve(
         lambda xp, a: xp.logaddexp(a, xp.zeros_like(a)),
@@ -95,6 +101,9 @@ CURVES = {
     "arctan": Curve(lambda xp, a: xp.arctan(a), lambda a: 1 / (1 + a * a), 0, 1.5),
     "square": Curve(lambda xp, a: a * a, lambda a: 2 * a, 0.2, 1.5),
     "decay": Curve(lambda xp, a: xp.exp(-a), lambda a: -np.exp(-a), 0, 2, signed=False),
+    "root": Curve(
+        lambda xp, a: xp.sqrt(a), lambda a: 0.5 / np.sqrt(a), 0.2, 3, signed=False
+    ),
     "hyperbola": Curve(
         lambda xp, a: xp.sqrt(1 + a * a), lambda a: a / np.sqrt(1 + a * a), 0.3, 2
     ),
@@ -179,9 +188,9 @@ def step_function(
         y = jnp.zeros_like(a)
         for name in curves:
             mine = code == CODES[name]
-            # Zero elsewhere: what overflows in a curve that is not this entry's would
+            # One elsewhere: what overflows in a curve that is not this entry's would
             # make its derivative NaN.
-            value = CURVES[name].value(jnp, jnp.where(mine, a, jnp.zeros_like(a)))
+            value = CURVES[name].value(jnp, jnp.where(mine, a, jnp.ones_like(a)))
             y = jnp.where(mine, value, y)
         return layout.unravel(unit * (y + b * u + c))
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.comparison.fuzz.maps import Inputs, image, jacobian
+from benchmarks.comparison.fuzz.maps import CURVES, Inputs, image, jacobian
 
 LONG = np.longdouble
 EPS = float(np.finfo(LONG).eps)
@@ -28,6 +28,8 @@ class Answer(NamedTuple):
       found: whether it is one.
       grads: of W and x.
       uncertainty: what the rounding of this very answer may come to, relative.
+      blur: the relative error of the gradient for each ε in the slopes of curves, as
+        far as these are only known absolutely.
       amplification: (1 + ‖J‖) ‖(I - J)⁻¹‖.
     """
 
@@ -35,6 +37,7 @@ class Answer(NamedTuple):
     found: np.ndarray
     grads: Params
     uncertainty: np.ndarray
+    blur: np.ndarray
     amplification: np.ndarray
 
 
@@ -74,13 +77,24 @@ def _answer(params: Params, inputs: Inputs, loss: Loss, u: np.ndarray) -> Answer
     scale = np.abs(g).max(1, keepdims=True)
     scale = np.where(scale > 0, scale, 1)
     z = _solve(np.swapaxes(jac, 1, 2), g / scale)
-    x_bar = slope * z * scale
+    x_bar = slope * z
     w_bar = x_bar[:, :, None] * u[:, None, :]
     sigma = _singular_values(np.eye(u.shape[1]) - jac.astype(float))
     norm = _singular_values(jac.astype(float))[:, 0]
     amplification = (1 + norm) / np.where(sigma[:, -1] > 0, sigma[:, -1], 1e-300)
-    uncertainty = 10 * EPS * amplification * np.maximum(amplification, 1)
-    return Answer(u, found, (w_bar, x_bar), uncertainty, amplification)
+    # An error e of z is one of up to ‖φ'‖ ‖(u, 1)‖ e in the gradient, ‖x_bar‖ ‖(u, 1)‖.
+    length = _norm(x_bar)
+    relative = lambda e: np.where(e == 0, 0, e / length).astype(float)
+    rounding = 10 * EPS * amplification * np.maximum(amplification, 1)
+    uncertainty = rounding * relative(np.abs(slope).max(1) * _norm(z))
+    blurs = np.array([curve.blur for curve in CURVES.values()])[inputs.code]
+    blur = relative(_norm(blurs * z))
+    grads = w_bar * scale[:, :, None], x_bar * scale
+    return Answer(u, found, grads, uncertainty, blur, amplification)
+
+
+def _norm(v: np.ndarray) -> np.ndarray:
+    return np.sqrt((v * v).sum(1))
 
 
 def _newton(params: Params, inputs: Inputs, u: np.ndarray) -> np.ndarray:

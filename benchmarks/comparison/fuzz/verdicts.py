@@ -4,12 +4,14 @@ With the error of the whole gradient, relative to its norm, and the accuracy √
 verdict of converged stands for, a problem is
 
 * *silent* if it is called converged with an error above 10 × accuracy,
-* *exceeded* if a bound is stated and the error is above 10 × the bound,
+* *exceeded* if a bound is stated and the error is above 10 × the bound, the rounding of
+  f's own slopes left aside,
 * a *false alarm* if it is not called converged and its error is below the accuracy.
 
 A problem without any fixed point near the value found has an infinite error. A problem
-whose dense answer is itself too uncertain is not judged. *Forward wrong* is a solution
-called converged that is further from a fixed point than 10 ε^(2/5),
+is not judged if its dense answer is itself too uncertain, or if the derivatives of its
+curves are lost in rounding (a saturated tanh), which no evaluation of f shows. *Forward
+wrong* is a solution called converged that is further from a fixed point than 10 ε^(2/5)
 in some leaf, relative to its size or to 1.
 """
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import rbpjax
@@ -56,6 +59,7 @@ class Outcome(NamedTuple):
       forward: whether the solution alone says converged.
       moved: how far the fixed point is from the value found, in the worst leaf.
       judged: whether the dense answer is good enough.
+      lost: the part of the error that may be the answer's, or that of f's own slopes.
       family, nonlinear, nowhere, scaled: as in ``Problem``.
     """
 
@@ -66,6 +70,7 @@ class Outcome(NamedTuple):
     forward: np.ndarray
     moved: np.ndarray
     judged: np.ndarray
+    lost: np.ndarray
     family: np.ndarray
     nonlinear: np.ndarray
     nowhere: np.ndarray
@@ -92,8 +97,10 @@ def judge(setting: Setting, problems: Problem, found: Found) -> Outcome:
         error = _error(found.grads, right.grads)
         moved = _moved(setting, problems, found, right)
     known = right.found & ~problems.nowhere
-    accuracy = PRECISIONS[setting.precision].accuracy
-    certain = right.uncertainty <= CERTAIN * accuracy
+    precision = PRECISIONS[setting.precision]
+    blur = right.blur * float(jnp.finfo(precision.real).eps)
+    certain = right.uncertainty <= CERTAIN * precision.accuracy
+    certain &= blur <= precision.accuracy
     return Outcome(
         error=np.where(known, error, np.inf),
         bound=found.bound,
@@ -102,6 +109,7 @@ def judge(setting: Setting, problems: Problem, found: Found) -> Outcome:
         forward=found.forward,
         moved=np.where(known, moved, np.inf),
         judged=certain | ~known,
+        lost=np.where(known, right.uncertainty + blur, 0),
         family=problems.family,
         nonlinear=problems.nonlinear,
         nowhere=problems.nowhere,
@@ -203,7 +211,7 @@ def faults(outcome: Outcome, accuracy: np.ndarray) -> dict[str, np.ndarray]:
         "converged": judged & said,
         "silent": judged & said & ~(error <= MARGIN * accuracy),
         "stated": stated,
-        "exceeded": stated & ~(error <= MARGIN * outcome.bound),
+        "exceeded": stated & ~(error <= MARGIN * outcome.bound + outcome.lost),
         "alarms": judged & ~said & (error <= accuracy),
         "alarms, error < accuracy / 10": judged & ~said & (error <= accuracy / 10),
         "forward converged": judged & solved,
