@@ -127,24 +127,30 @@ class Setting(NamedTuple):
 def draw_setting(random: Random, number: int, seed: int) -> Setting:
     """The setting of group ``number``: every fourth has both defaults.
 
-    The others go through all pairs of a solver and a rule, in an order of the seed's.
+    The others go through all pairs of a solver and a rule, in an order of the seed's,
+    and both go through all precisions.
     """
     pairs = [(f, b) for f in FORWARD for b in BACKWARD]
     order = np.random.default_rng(seed).permutation(len(pairs))
-    forward, backward = pairs[order[(number - number // 4 - 1) % len(pairs)]]
-    if number % 4 == 0:
+    count, default = number // 4, number % 4 == 0
+    if not default:
+        count = number - count - 1
+    forward, backward = pairs[order[count % len(pairs)]]
+    if default:
         forward = backward = "default"
-    name = _pick(random, list(PRECISIONS))
+    name = list(PRECISIONS)[count % len(PRECISIONS)]
     precision = PRECISIONS[name]
     tol = _pick(random, [None] * 7 + [precision.eps**0.5] * 2 + [0.1])
-    kind = _pick(random, ["array", "matrix", "leaves", "leaves", "nest"])
+    kind = _pick(random, ["array", "matrix", "leaves", "leaves", "nest", "nest"])
     n = _pick(random, [1, 2, 3, 5, 8, 12, 16, 24])
     if precision.dtype.startswith("complex"):
         n = 2 * max(n // 2, 1)
     length = n // 2 if precision.dtype.startswith("complex") else n
-    most = 0 if kind in ("array", "matrix") else min(3, length - 1)
-    inner = random.permutation(np.arange(1, length))[: random.integers(0, most + 1)]
-    cuts = tuple(sorted(int(cut) for cut in inner))
+    cuts: tuple[int, ...] = ()
+    if kind in ("leaves", "nest") and length > 1:
+        many = random.integers(1, min(3, length - 1) + 1)
+        inner = random.permutation(np.arange(1, length))[:many]
+        cuts = tuple(sorted(int(cut) for cut in inner))
     others = random.permutation([c for c in CURVES if c not in ("affine", "tanh")])
     return Setting(
         precision=name,
@@ -251,9 +257,11 @@ def _draw(random: Random, setting: Setting) -> Problem:
     family = random.integers(len(JACOBIANS))
     # Not all of the families have a member of one number.
     jac = list(JACOBIANS.values())[family](random, max(n, 2))[:n, :n]
+    if precision.dtype.startswith("complex") and random.random() < 0.3:
+        jac = _complex_linear(random, jac)
     jac = _coupled(random, jac, leaf)
     unit = np.ones(n)
-    scaled = bool(leaf[-1] > 0 and random.random() < 0.6)
+    scaled = bool(leaf[-1] > 0 and random.random() < 0.7)
     if scaled:
         d = precision.decades
         unit = 10.0 ** random.uniform(-d, d, leaf[-1] + 1)[leaf]
@@ -299,13 +307,23 @@ def _batch(inputs: Inputs) -> Inputs:
     return Inputs(*(v[None] for v in inputs))
 
 
+def _complex_linear(random: Random, jac: np.ndarray) -> np.ndarray:
+    """A complex matrix as one of pairs: a quarter of ``jac``, times a phase."""
+    m = len(jac) // 2
+    angle = random.uniform(0, 2 * np.pi)
+    re, im = np.cos(angle) * jac[:m, :m], np.sin(angle) * jac[:m, :m]
+    return np.block([[re, -im], [im, re]])
+
+
 def _coupled(random: Random, jac: np.ndarray, leaf: np.ndarray) -> np.ndarray:
-    """All leaves with each other, not at all, or in a chain."""
-    how = random.integers(4)
-    to, of = leaf[:, None], leaf[None, :]
+    """All leaves with each other, not at all, or in a chain; or examples of a batch."""
+    how = random.integers(5)
     if how == 0:
+        leaf = np.cumsum(random.random(len(leaf)) < 0.3)  # examples of several lengths
+    to, of = leaf[:, None], leaf[None, :]
+    if how <= 1:
         return np.where(to == of, jac, 0)
-    if how == 1:
+    if how == 2:
         return np.where((to == of) | (to == of + 1), jac, 0)
     return jac
 

@@ -37,14 +37,16 @@ class Fuzz:
     """Number of problems; rounded up to whole groups."""
     seed: Natural = 0
     """Of the generator."""
-    group: Count = 400
+    group: Count = 625
     """Problems that share a setting, and so a compilation."""
     threads: Count = 2
     """Groups that are at work at the same time."""
     quick: bool = False
     """A few hundred problems, to see that it works."""
     replay: str | None = None
-    """GROUP:PROBLEM, as the result file names it: say all about this one and stop."""
+    """GROUP:PROBLEM, as the result file names it: say all about this one and stop.
+
+    With the same seed and size of groups as the run that found it."""
     fresh: bool = False
     """Forget what an interrupted run left."""
 
@@ -84,7 +86,12 @@ class Fuzz:
             mode: summary(Outcome(*(v[m] for v in found)), settings)
             for m, mode in enumerate(modes)
         }
-        result = record("fuzz", "fuzz", kept, **parts)
+        other = [
+            f"--{name} {value}"
+            for name, value in kept.items()
+            if value != getattr(Fuzz, name)
+        ]
+        result = record("fuzz", " ".join(["fuzz", *other]), kept, **parts)
         path = write_json("fuzz", result)
         for mode in modes:
             say(f"\n{mode} estimate\n\n{table(rows(parts[mode]))}")

@@ -153,15 +153,10 @@ def summary(outcome: Outcome, settings: list[Setting]) -> dict[str, Any]:
     accuracy = spread([PRECISIONS[s.precision].accuracy for s in settings])
     family = np.array(list(JACOBIANS))[outcome.family.astype(int)]
     solved = spread([s.forward != "given" for s in settings])
-    kind = np.where(
-        outcome.nowhere == 1,
-        "no fixed point",
-        np.where(
-            outcome.nonlinear == 1,
-            np.where(solved, "nonlinear", "nonlinear, h* given"),
-            np.where(solved, "affine", "affine, h* given"),
-        ),
-    )
+    given = np.where(solved, "", ", h* given")
+    kind = np.char.add(np.where(outcome.nonlinear == 1, "nonlinear", "affine"), given)
+    kind = np.where(np.isinf(outcome.moved), "no fixed point near the value", kind)
+    kind = np.where(outcome.nowhere == 1, "no fixed point", kind)
     axes = {
         "kind": kind,
         "precision": spread(
@@ -190,7 +185,7 @@ def summary(outcome: Outcome, settings: list[Setting]) -> dict[str, Any]:
         "error / bound, where stated": _quantiles(outcome, masks),
         "worst": {
             fault: {
-                axis: _worst(fault, outcome, accuracy, masks, axes[axis])
+                axis: _worst(fault, outcome, accuracy, masks, axes, axis)
                 for axis in ("precision", "kind")
             }
             for fault in ("silent", "exceeded", "alarms")
@@ -246,7 +241,8 @@ def _worst(
     outcome: Outcome,
     accuracy: np.ndarray,
     masks: dict[str, np.ndarray],
-    labels: np.ndarray,
+    axes: dict[str, np.ndarray],
+    axis: str,
 ) -> dict[str, dict[str, Any]]:
     """The worst problem of a fault for each label, where there is any.
 
@@ -258,8 +254,8 @@ def _worst(
         badness = 1 / np.maximum(badness, 1e-30)
     badness = np.where(np.isnan(badness), np.inf, badness)
     worst = {}
-    for name in np.unique(labels):
-        mine = masks[fault] & (labels == name)
+    for name in np.unique(axes[axis]):
+        mine = masks[fault] & (axes[axis] == name)
         if mine.any():
             i, j = np.unravel_index(np.argmax(np.where(mine, badness, -1)), mine.shape)
             worst[str(name)] = {
@@ -267,5 +263,7 @@ def _worst(
                 "error": float(outcome.error[i, j]),
                 "bound": float(outcome.bound[i, j]),
                 "accuracy": float(accuracy[i, j]),
+                "solver / rule": str(axes["both"][i, j]),
+                "Jacobian": str(axes["Jacobian"][i, j]),
             }
     return worst
