@@ -8,11 +8,11 @@ verdict of converged stands for, a problem is
   f's own slopes left aside,
 * a *false alarm* if it is not called converged and its error is below the accuracy.
 
-A problem without any fixed point near the value found has an infinite error. A problem
-is not judged if its dense answer is itself too uncertain, or if the derivatives of its
-curves are lost in rounding (a saturated tanh), which no evaluation of f shows. *Forward
-wrong* is a solution called converged that is further from a fixed point than 10 ε^(2/5)
-in some leaf, relative to its size or to 1.
+A problem without any fixed point near the value found has an infinite error, unless its
+loss is constant. A problem is not judged if its dense answer is itself too uncertain,
+or if the derivatives of its curves are lost in rounding (a saturated tanh), which no
+evaluation of f shows. *Forward wrong* is a solution called converged that is further
+from a fixed point than 10 ε^(2/5) in some leaf, relative to its size or to 1.
 """
 
 from __future__ import annotations
@@ -97,12 +97,16 @@ def judge(setting: Setting, problems: Problem, found: Found) -> Outcome:
         error = _error(found.grads, right.grads)
         moved = _moved(setting, problems, found, right)
     known = right.found & ~problems.nowhere
+    # Where the loss is constant, zero is right, with or without a fixed point.
+    constant = ~np.any([np.asarray(part, bool).any(1) for part in problems.loss], 0)
+    zero = np.all([(p.reshape(len(p), -1) == 0).all(1) for p in found.grads], 0)
+    otherwise = np.where(constant & zero, 0.0, np.inf)
     precision = PRECISIONS[setting.precision]
     blur = right.blur * float(jnp.finfo(precision.real).eps)
     certain = right.uncertainty <= CERTAIN * precision.accuracy
     certain &= blur <= precision.accuracy
     return Outcome(
-        error=np.where(known, error, np.inf),
+        error=np.where(known, error, otherwise),
         bound=found.bound,
         converged=found.converged,
         status=found.status,

@@ -111,7 +111,8 @@ def test_a_map_without_a_fixed_point_has_no_answer():
         assert len(part) > 3
         few = jax.tree.map(lambda v: v[part], drawn)
         outcome = verdicts.judge(setting, few, solving.run(setting, few))
-    assert np.isinf(outcome.error).all() and outcome.judged.all()
+    constant = ~(few.loss.g.any(1) | few.loss.q.any(1))
+    assert np.isinf(outcome.error[~constant]).all() and outcome.judged.all()
 
 
 class Planted:
