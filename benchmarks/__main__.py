@@ -8,7 +8,7 @@ from benchmarks.citation.experiment import Citation
 from benchmarks.comparison.before_after import BeforeAfter
 from benchmarks.comparison.collection.experiment import Collection
 from benchmarks.comparison.families import Families
-from benchmarks.comparison.fuzz import Fuzz
+from benchmarks.comparison.fuzz.experiment import Fuzz
 from benchmarks.comparison.modes import Modes
 from benchmarks.comparison.rules import Rules
 from benchmarks.comparison.warm import Warm
