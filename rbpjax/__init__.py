@@ -33,6 +33,7 @@ from rbpjax.fixed_point.implicit import from_args, rbp_fixed_point, rbp_root
 from rbpjax.fixed_point.newton import Newton
 from rbpjax.fixed_point.report import AdjointReport, value_and_grad_with_report
 from rbpjax.fixed_point.solve import rbp_jvp, rbp_solve, rbp_vjp
+from rbpjax.fixed_point.states import rbp_states
 from rbpjax.fixed_point.unroll import bptt
 from rbpjax.types import (
     BackwardRule,
@@ -81,6 +82,7 @@ __all__ = [
     "rbp_jvp",
     "rbp_root",
     "rbp_solve",
+    "rbp_states",
     "rbp_vjp",
     "regularizers",
     "unitary",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
 
+from rbpjax._core.step import has_products
 from rbpjax.types import PyTree
 
 
@@ -21,29 +21,9 @@ def jvp(
     linear, and its gradient in u along x_dot is J x_dot, by reverse mode alone. Costs
     one trace of f, and there two VJPs in the place of a JVP.
     """
-    if not _reverse_alone(f, x):
+    if has_products(f, x):
         return jax.jvp(f, (x,), (x_dot,))
     y, vjp = jax.vjp(f, x)
     _, back = jax.vjp(lambda u: vjp(u)[0], jax.tree.map(jnp.zeros_like, y))
     like = lambda u, v: jnp.asarray(v, jnp.result_type(u))
     return y, back(jax.tree.map(like, x, x_dot))[0]
-
-
-def _reverse_alone(f: Callable[[PyTree], PyTree], x: PyTree) -> bool:
-    """Whether there is a ``custom_vjp`` in f."""
-    jaxpr = jax.make_jaxpr(lambda x: f(x))(x).jaxpr
-    return any("custom_vjp" in equation.primitive.name for equation in _all(jaxpr))
-
-
-def _all(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
-    """All equations, those of functions inside them too."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in jax.tree.leaves(
-            list(equation.params.values()),
-            is_leaf=lambda v: isinstance(v, core.Jaxpr | core.ClosedJaxpr),
-        ):
-            if isinstance(value, core.ClosedJaxpr):
-                value = value.jaxpr
-            if isinstance(value, core.Jaxpr):
-                yield from _all(value)

@@ -35,7 +35,7 @@ def run(
 
     The function must be one of a module, and depend on nothing else.
     """
-    if _at_top(args) and all(map(_is_value, options)):
+    if _at_top(args) and all(map(is_value, options)):
         try:
             hash(options)
         except TypeError:  # a step with something in it that cannot be compared
@@ -58,7 +58,7 @@ def _at_top(args: PyTree) -> bool:
     )
 
 
-def _is_value(option: object) -> bool:
+def is_value(option: object) -> bool:
     """Whether equality of the option is equality of what it does.
 
     So of this library's value objects, and not of functions: what they read may change.
@@ -66,7 +66,7 @@ def _is_value(option: object) -> bool:
     ours = type(option).__module__.startswith("rbpjax.")
     if ours and dataclasses.is_dataclass(option):
         compared = [f.name for f in dataclasses.fields(option) if f.compare]
-        return all(_is_value(getattr(option, name)) for name in compared)
+        return all(is_value(getattr(option, name)) for name in compared)
     plain = Program | jax.tree_util.PyTreeDef | str | int | float | None
     return isinstance(option, plain)
 

@@ -137,7 +137,7 @@ def has_products(step: Callable[[PyTree], PyTree], h: PyTree) -> bool:
     """
     jaxpr = jax.make_jaxpr(lambda h: step(h))(h)
     return not any(
-        name.startswith("custom_vjp_call") or name.endswith("_callback")
+        name.startswith("custom_vjp_call") or name in ("pure_callback", "io_callback")
         for name in _primitives(jaxpr.jaxpr)
     )
 

@@ -154,7 +154,10 @@ def _check(owner: object, field: dataclasses.Field) -> None:
         raise ValueError(
             f"{name}: `{field.name}` must be {rule['meaning']}; got {value!r}."
             + (
-                " Arrays and tracers cannot be options."
+                " Arrays and tracers cannot be options. For a traced one write a "
+                "solver or rule of your own, such as forward=lambda step, h0: Solution("
+                "jax.lax.fori_loop(0, k, lambda _, h: step(h), h0), num_steps=k, "
+                "converged=True)."
                 if hasattr(value, "dtype")
                 else ""
             )

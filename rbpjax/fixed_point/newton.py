@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rbpjax._core import tree
+from rbpjax._core.step import has_products
 from rbpjax._core.strategy import count, function, strategy, tolerance
 from rbpjax.fixed_point.backward.adaptive import Adaptive
 from rbpjax.fixed_point.backward.rule import apply_rule
@@ -53,6 +54,7 @@ class Newton:
 
     Raises:
       ValueError: if an option is out of its range or not of its kind.
+      TypeError: by a call, if f holds a function without products with J.
 
     Example:
       >>> import jax.numpy as jnp
@@ -78,6 +80,12 @@ class Newton:
 
     def __call__(self, step: Callable[[PyTree], PyTree], h0: PyTree) -> Solution:
         """Solves h = step(h) from ``h0``."""
+        if not has_products(step, h0):
+            raise TypeError(
+                f"{self!r} needs products with J, and f holds a function without: one "
+                "with a backward pass of its own (custom_vjp, as rbp_solve is), or a "
+                "callback. Take a solver that only evaluates f, such as Anderson()."
+            )
         tol = tree.default_tol(h0) if self.tol is None else self.tol
 
         def unfinished(now: _State) -> jax.Array:

@@ -33,6 +33,7 @@ from rbpjax._core.step import (
     ClosedStep,
     check_like,
     close,
+    convert,
     only_arrays,
     select_state,
     with_aux,
@@ -136,21 +137,20 @@ def _solved(
 ) -> Solution:
     """The solve with these options."""
 
-    def forward_solver(step: ClosedStep, args: PyTree, start: PyTree) -> Solution:
+    def found(args: PyTree, start: PyTree) -> Solution:
         once = channels_last(partial(step, args), start)
-        try:
-            return apply_solver(forward, watched(once, line), start)
-        except TypeError as error:
-            if not no_forward_mode(error):
-                raise
-            raise TypeError(
-                f"{forward!r} needs products with J, and f holds a function with a "
-                "backward pass of its own (custom_vjp), which has none. Take a solver "
-                "that only evaluates f, such as Anderson()."
-            ) from error
+        return apply_solver(forward, watched(once, line), start)
 
     rule = speaking(backward, on_failure, back)
-    return _solve(step, forward_solver, rule, args, h0, probe)
+    if reuse.is_value(forward):  # closes over nothing
+        solver = lambda _, args, start: found(args, start)
+        return _solve(step, solver, rule, args, h0, probe)
+    # What a solver of a user's own closes over, such as a traced number of steps, goes
+    # in with the start: the fixed point does not depend on it.
+    closed = convert(found, args, h0)
+    solver = lambda _, args, start: closed.call(start[1], args, start[0])
+    start = h0, lax.stop_gradient(closed.consts)
+    return _solve(step, solver, rule, args, start, probe)
 
 
 def rbp_solve(
@@ -201,7 +201,8 @@ def rbp_solve(
 
     Args:
       f: step function ``f(params, inputs, h) -> h``.
-      forward: solver called as ``forward(step, h0)``; any ``ForwardSolver``.
+      forward: solver called as ``forward(step, h0)``; any ``ForwardSolver``. One of
+        your own may close over traced values, such as a number of steps.
       backward: rule called as ``backward(vjp, cotangent)``; any ``BackwardRule``.
       has_aux: whether f returns a pair ``(h, aux)``, aux any pytree of arrays.
       on_failure: what happens where a solve, forward or backward, does not converge,

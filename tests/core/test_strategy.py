@@ -118,7 +118,8 @@ def test_protocols_are_obeyed_by_all_strategies(make):
         "status": jnp.int32,
         "converged": jnp.bool,
     }
-    assert set(kinds) == set(Solution._fields) - {"value"}
+    assert set(kinds) == set(Solution._fields) - {"value", "aux"}
+    assert solution.aux is None
     for name, dtype in kinds.items():
         field = getattr(solution, name)
         assert (field.shape, field.dtype) == ((), dtype), name

@@ -50,9 +50,7 @@ def test_aux_is_that_of_the_fixed_point_and_differentiable(make):
     solve = make(f, has_aux=True)
 
     def by_hand(w, x):
-        h = H
-        for _ in range(300):
-            h = state(w, x, h)
+        h, _ = jax.lax.scan(lambda h, _: (state(w, x, h), None), H, length=300)
         aux = f(w, x, h)[1]
         return jnp.sum(h) + jnp.sum(aux["drive"] ** 2 + aux["sizes"][0])
 
