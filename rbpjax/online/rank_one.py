@@ -14,17 +14,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
-from jax.typing import ArrayLike
 
 from rbpjax._core.step import floats
-from rbpjax._core.tree import axpy
+from rbpjax._core.tree import axpy, vdot
 from rbpjax.online.estimator import Carry, Observed, start
 from rbpjax.types import PyTree
 
 __all__ = ["RankOne", "all_signs", "reduce", "scales", "variance"]
 
-EPSILON = 1e-7
-"""Added to both norms of a scale, so that zero vectors need no branch."""
+SHARE = 2.0**-10
+"""How large a factor whose partner is zero is made, of the largest of the step."""
 
 
 class RankOne(NamedTuple):
@@ -244,27 +243,37 @@ def push(here: Observed, pair: RankOne) -> Pushed:
     _, vjp = jax.vjp(lambda p: here.f(p, here.h), here.params)
     _, jv = jax.jvp(lambda s: here.f(here.params, s), (here.h,), (pair.v,))
     (last,) = vjp(here.delta)
-    past = jnp.asarray(optax.tree.vdot(here.delta, jv))  # δ J v without the VJP in h
+    past = vdot(here.delta, jv)  # δ J v without the VJP in h
     grads = axpy(past, pair.w, optax.tree.add(here.direct, last))
     return Pushed(jv, lambda c: vjp(c)[0], grads)
 
 
-def balance(v_norm: jax.Array, w_norm: jax.Array) -> jax.Array:
-    """The scale ρ = √(‖w‖/‖v‖), after which ρv and w/ρ have equal norms.
+def balance(v_norms: PyTree, w_norms: PyTree) -> PyTree:
+    """The scales ρᵢ = √(‖wᵢ‖/‖vᵢ‖) of a sum of outer products, all terms at once.
 
-    With ``EPSILON`` on both sides the scale is 1 where both vanish, and stays finite
-    where one does. Any positive scale leaves the estimate unbiased.
+    After them ρᵢvᵢ and wᵢ/ρᵢ have equal norms. There is no constant in them with units:
+    other units of parameters, states or losses scale the estimate, and nothing else.
+
+    Where one factor is zero, so is the product, whatever the scale, and the other
+    factor only adds variance: it is made small beside the largest term. It is not left
+    out, because a run may be differentiated, and the zero may have a derivative.
     """
-    return jnp.sqrt((w_norm + EPSILON) / (v_norm + EPSILON))
+    v_roots, w_roots = (jax.tree.map(root, norms) for norms in (v_norms, w_norms))
+    sizes = jax.tree.map(lambda v, w: jnp.max(v * w, initial=0), v_roots, w_roots)
+    most = jax.tree.reduce(jnp.maximum, sizes)
+    small = SHARE * jnp.where(most > 0, most, 1)
+
+    def scale(v: jax.Array, w: jax.Array) -> jax.Array:
+        one = jnp.ones_like(v)
+        if_v_alone = jnp.where(v == 0, one, small / jnp.where(v == 0, one, v) ** 2)
+        alone = jnp.where(w == 0, if_v_alone, w**2 / small)
+        both = w / jnp.where(v == 0, one, v)
+        return jnp.where((v == 0) | (w == 0), jax.lax.stop_gradient(alone), both)
+
+    return jax.tree.map(scale, v_roots, w_roots)
 
 
-def norm(tree: PyTree) -> jax.Array:
-    """The Euclidean norm of all numbers of ``tree``."""
-    return root(optax.tree.norm(tree, squared=True))
-
-
-def root(square: ArrayLike) -> jax.Array:
+def root(x: jax.Array) -> jax.Array:
     """√, with derivative 0 at 0: the first pair is zero, and √' infinite there."""
-    square = jnp.asarray(square)
-    zero = square == 0  # not `> 0`, which would hide a nan
-    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square)))
+    zero = x == 0  # not `> 0`, which would hide a nan
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))

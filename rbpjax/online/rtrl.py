@@ -13,6 +13,7 @@ from rbpjax.online.estimator import (
     Estimator,
     LossFn,
     OnlineOutput,
+    checked,
     no_noise,
     observe,
     start,
@@ -96,4 +97,4 @@ def rtrl(f: StepFn, loss: LossFn) -> Estimator:
         out = OnlineOutput(here.loss, optax.tree.add(here.direct, total))
         return Carry(here.h_next, influence), out
 
-    return Estimator(init, no_noise, step)
+    return checked(init, no_noise, step)
