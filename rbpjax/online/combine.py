@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from rbpjax._core.norm import norm
+from rbpjax._core.norm import plain
 from rbpjax._core.step import check_like
 from rbpjax._core.tree import scale
 from rbpjax.online.estimator import (
@@ -316,8 +316,10 @@ def renormalize(estimator: Estimator, max_norm: float) -> Estimator:
         carry, out = estimator.step(params, carry, x, y, noise)
 
         def bounded(influence: PyTree) -> PyTree:
-            size = norm(influence)
-            return scale(max_norm / jnp.maximum(size, max_norm), influence)
+            excess = plain(scale(1 / max_norm, influence))
+            # What has grown out of all bounds in one step is lost, and must say so.
+            excess = jnp.where(jnp.isinf(excess), jnp.nan, excess)
+            return scale(1 / jnp.maximum(excess, 1), influence)
 
         for _ in carry.axes.names:
             bounded = jax.vmap(bounded)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from rbpjax._core.norm import norm
+from rbpjax._core.norm import plain
 from rbpjax._core.step import floats
 from rbpjax.online.estimator import (
     Carry,
@@ -29,7 +29,7 @@ from rbpjax.online.metric import (
     empty,
     learn,
     newest_share,
-    whitened,
+    whitening,
 )
 from rbpjax.online.nobacktrack import Norms, reduce_units
 from rbpjax.online.rank_one import state_signs, zero_pair
@@ -152,8 +152,13 @@ def kalman_nobacktrack(
             lambda s: jnp.sqrt(1 + s / jnp.where(mean > 0, mean, 1)), seen
         )
 
-        params_norm = lambda w: norm(whitened(rows, learnt.metric, w, damping))
-        norms = Norms(lambda v: norm(optax.tree.mul(v, units)), params_norm, units)
+        white = whitening(rows, learnt.metric, damping)
+        norms = Norms(
+            state=lambda v: optax.tree.mul(v, units),
+            params=white,
+            row=lambda row: plain(white(row)),
+            units=units,
+        )
         influence, grads = reduce_units(here, carry.influence, noise, norms, None)
 
         new = learn(decay, rows, learnt, grads)

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rbpjax._core.norm import norms
+from rbpjax._core.norm import plain, root
 from rbpjax._core.tree import axpy, scale
+from rbpjax.online.balance import scales
 from rbpjax.online.cell import (
     PreactivationCell,
     check_cell,
@@ -25,7 +26,6 @@ from rbpjax.online.estimator import (
     observe,
     start,
 )
-from rbpjax.online.rank_one import balance
 from rbpjax.types import PyTree
 
 
@@ -143,8 +143,12 @@ def kf_rtrl(cell: PreactivationCell, loss: LossFn) -> Estimator:
         past_and_last = kernel_to_params(cell, params, kernel_grad)
         grads = optax.tree.add(here.direct, past_and_last)
 
-        u_norm, ja_norm, *last = norms(u, ja, inside.features, inside.gates)
-        p1, p2 = balance((u_norm, last[0]), (ja_norm, last[1]))
+        # No care for magnitudes: those of the parameters are not in here, and those of
+        # states and inputs are what the loss squares too.
+        p1, p2 = scales(
+            [root(plain(x)) for x in (u, inside.features)],
+            [root(plain(x)) for x in (ja, inside.gates)],
+        )
         influence = Kronecker(
             axpy(noise[0] * p1, u, scale(noise[1] * p2, inside.features)),
             axpy(noise[0] / p1, ja, scale(noise[1] / p2, d)),

@@ -65,13 +65,15 @@ def solve(metric: QuasiDiagonal, rows: jax.Array, damping: float) -> jax.Array:
     return jnp.concatenate([first[:, None], weights], axis=1)
 
 
-def whiten(metric: QuasiDiagonal, rows: jax.Array, damping: float) -> jax.Array:
-    """Rows whose Euclidean norm² is gᵀd for the d of ``solve``."""
+def whiten(
+    metric: QuasiDiagonal, damping: float
+) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+    """A map of rows g to two parts, whose squares sum to gᵀd for the d of ``solve``."""
     bias = metric.bias + damping
     ratio = metric.cross / bias[:, None]
     schur = jnp.maximum(metric.weights + damping - ratio * metric.cross, damping)
-    weights = (rows[:, 1:] - ratio * rows[:, :1]) / jnp.sqrt(schur)
-    return jnp.concatenate([(rows[:, 0] / jnp.sqrt(bias))[:, None], weights], axis=1)
+    first, others = jax.lax.rsqrt(bias), jax.lax.rsqrt(schur)
+    return lambda g: (g[:, 0] * first, (g[:, 1:] - ratio * g[:, :1]) * others)
 
 
 class QuasiDiagonalState(NamedTuple):
@@ -218,10 +220,18 @@ def apply_inverse(
     return result
 
 
-def whitened(rows: Rows | None, metric: PyTree, tree: PyTree, damping: float) -> PyTree:
-    """Matrices whose norm is that of ``tree`` in the metric (M + damping)⁻¹."""
-    matrices = _arrange(rows, tree)
-    return jax.tree.map(lambda g, m: whiten(m, g, damping), matrices, metric)
+def whitening(
+    rows: Rows | None, metric: PyTree, damping: float
+) -> Callable[[PyTree], PyTree]:
+    """Maps a tree to one whose norm is the tree's in the metric (M + damping)⁻¹."""
+    is_metric = lambda node: isinstance(node, QuasiDiagonal)
+    maps = [whiten(m, damping) for m in jax.tree.leaves(metric, is_leaf=is_metric)]
+
+    def white(tree: PyTree) -> PyTree:
+        matrices = jax.tree.leaves(_arrange(rows, tree))
+        return [one(g) for one, g in zip(maps, matrices, strict=True)]
+
+    return white
 
 
 def check_rows(rows: Rows | None, params: PyTree) -> None:

@@ -13,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 
 from rbpjax._core.norm import norm
 from rbpjax._core.tree import axpy
+from rbpjax.online.balance import Factors, balance
 from rbpjax.online.estimator import (
     Carry,
     Estimator,
@@ -25,7 +26,6 @@ from rbpjax.online.estimator import (
 )
 from rbpjax.online.rank_one import (
     RankOne,
-    balance,
     push,
     state_signs,
     zero_pair,
@@ -102,7 +102,8 @@ def nobacktrack(
     ) -> tuple[Carry, OnlineOutput]:
         here = observe(f, loss, params, carry.h, x, y)
         known = None if row_norms is None else row_norms(params, x, carry.h)
-        norms = Norms(norm, norm, optax.tree.ones_like(here.h))
+        same = lambda tree: tree
+        norms = Norms(same, same, norm, optax.tree.ones_like(here.h))
         if known is not None:
             remedy = "It returns one norm for each unit."
             check_shapes(known, here.h, "`row_norms`' output", "the state", remedy)
@@ -116,13 +117,15 @@ class Norms(NamedTuple):
     """The norms in which the variance of the reduction is minimal.
 
     Attributes:
-      state: the norm of a state.
-      params: the norm of a gradient.
+      state: makes of a state a pytree whose Euclidean norm is that of the state.
+      params: the same for a gradient.
+      row: the norm of a gradient.
       units: the norms of the unit vectors eᵢ in the state's norm, like a state.
     """
 
-    state: Callable[[PyTree], jax.Array]
-    params: Callable[[PyTree], jax.Array]
+    state: Callable[[PyTree], PyTree]
+    params: Callable[[PyTree], PyTree]
+    row: Callable[[PyTree], jax.Array]
     units: PyTree
 
 
@@ -137,13 +140,15 @@ def reduce_units(
 
         def row_norm(i: jax.Array) -> jax.Array:
             unit = unravel(jax.nn.one_hot(i, flat_h.size, dtype=flat_h.dtype))
-            return norms.params(vjp(unit))
+            return norms.row(vjp(unit))
 
         # One row after another keeps the memory at one parameter tree.
         rows = jax.lax.map(row_norm, jnp.arange(flat_h.size))
         known = _split(rows, here.h)  # not `unravel`, which would round them
-    v_norms = norms.state(jv), norms.units
-    rho0, rho = balance(v_norms, (norms.params(pair.w), known))
+    (rho0,), rho = balance(
+        Factors((norms.state(jv),), norms.units),
+        Factors((norms.params(pair.w),), known),
+    )
     like = lambda x, s: x.astype(s.dtype)
     sum_rows = vjp(jax.tree.map(lambda s, r: like(s / r, s), signs, rho))
     noise = jax.tree.map(lambda s, r: like(s * r, s), signs, rho)

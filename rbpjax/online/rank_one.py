@@ -22,9 +22,6 @@ from rbpjax.types import PyTree
 
 __all__ = ["RankOne", "all_signs", "reduce", "scales", "variance"]
 
-SHARE = 2.0**-10
-"""How large a factor whose partner is zero is made, of the largest of the step."""
-
 
 class RankOne(NamedTuple):
     """The matrix v wᵀ, as its two factors: memory n + P instead of n P.
@@ -246,34 +243,3 @@ def push(here: Observed, pair: RankOne) -> Pushed:
     past = vdot(here.delta, jv)  # δ J v without the VJP in h
     grads = axpy(past, pair.w, optax.tree.add(here.direct, last))
     return Pushed(jv, lambda c: vjp(c)[0], grads)
-
-
-def balance(v_norms: PyTree, w_norms: PyTree) -> PyTree:
-    """The scales ρᵢ = √(‖wᵢ‖/‖vᵢ‖) of a sum of outer products, all terms at once.
-
-    After them ρᵢvᵢ and wᵢ/ρᵢ have equal norms. There is no constant in them with units:
-    other units of parameters, states or losses scale the estimate, and nothing else.
-
-    Where one factor is zero, so is the product, whatever the scale, and the other
-    factor only adds variance: it is made small beside the largest term. It is not left
-    out, because a run may be differentiated, and the zero may have a derivative.
-    """
-    v_roots, w_roots = (jax.tree.map(root, norms) for norms in (v_norms, w_norms))
-    sizes = jax.tree.map(lambda v, w: jnp.max(v * w, initial=0), v_roots, w_roots)
-    most = jax.tree.reduce(jnp.maximum, sizes)
-    small = SHARE * jnp.where(most > 0, most, 1)
-
-    def scale(v: jax.Array, w: jax.Array) -> jax.Array:
-        one = jnp.ones_like(v)
-        if_v_alone = jnp.where(v == 0, one, small / jnp.where(v == 0, one, v) ** 2)
-        alone = jnp.where(w == 0, if_v_alone, w**2 / small)
-        both = w / jnp.where(v == 0, one, v)
-        return jnp.where((v == 0) | (w == 0), jax.lax.stop_gradient(alone), both)
-
-    return jax.tree.map(scale, v_roots, w_roots)
-
-
-def root(x: jax.Array) -> jax.Array:
-    """√, with derivative 0 at 0: the first pair is zero, and √' infinite there."""
-    zero = x == 0  # not `> 0`, which would hide a nan
-    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))

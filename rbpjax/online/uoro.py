@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rbpjax._core.norm import norms
 from rbpjax._core.tree import axpy, scale
+from rbpjax.online.balance import Factors, balance
 from rbpjax.online.estimator import (
     Carry,
     Estimator,
@@ -14,7 +14,6 @@ from rbpjax.online.estimator import (
 )
 from rbpjax.online.rank_one import (
     RankOne,
-    balance,
     push,
     state_signs,
     zero_pair,
@@ -96,8 +95,7 @@ def uoro(f: StepFn, loss: LossFn) -> Estimator:
         w, nu_f = carry.influence.w, vjp(noise)
         # One scale for each outer product: w may not be scaled leaf by leaf. That ρ₁
         # sees the present signs does no harm, since it is even in them.
-        jv_norm, w_norm, noise_norm, nu_f_norm = norms(jv, w, noise, nu_f)
-        rho0, rho1 = balance((jv_norm, noise_norm), (w_norm, nu_f_norm))
+        rho0, rho1 = balance(Factors((jv, noise)), Factors((w, nu_f))).vectors
         influence = RankOne(
             axpy(rho0, jv, scale(rho1, noise)),
             axpy(1 / rho0, w, scale(1 / rho1, nu_f)),
