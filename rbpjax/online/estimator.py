@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from rbpjax._core.keys import check_key
+from rbpjax._core.sharding import vary_like
 from rbpjax._core.step import as_state, check_like, floats, merge
 from rbpjax.types import PyTree, StepFn
 
@@ -194,6 +195,11 @@ def checked(
     Shapes alone are compared, while tracing. ``blank`` is ``init`` without its checks.
     """
 
+    def checked_init(params: PyTree, h0: PyTree) -> Carry:
+        carry = init(params, h0)
+        lead = vary_like((carry.influence, carry.metric), (params, carry.h))
+        return carry._replace(influence=lead[0], metric=lead[1])
+
     def draw(key: jax.Array, carry: Carry) -> PyTree:
         check_key(key)
         return noise(key, carry)
@@ -210,9 +216,10 @@ def checked(
         check_real(carry.h, "h")
         like = jax.eval_shape(blank or init, params, carry.h)
         check_like(carry, like, "`carry`", "what `init(params, h)` returns", _CARRY)
-        return step(params, carry, x, y, _as_noise(noise, draw, like))
+        noise = vary_like(_as_noise(noise, draw, like), carry.h)
+        return step(params, carry, x, y, noise)
 
-    return Estimator(init, draw, checked_step)
+    return Estimator(checked_init, draw, checked_step)
 
 
 _CARRY = (
@@ -283,10 +290,11 @@ def observe(
     def float_loss(p: PyTree, s: PyTree) -> jax.Array:
         return loss(merge(p, params), merge(s, h_next), y)
 
-    p = floats(params)
+    # Inside shard_map each device has its own estimate, also of parameters they share.
+    p, s = vary_like((floats(params), floats(h)), h_next)
     gradient = jax.value_and_grad(float_loss, argnums=(0, 1))
     value, (direct, delta) = gradient(p, floats(h_next))
-    return Observed(h_next, float_f, p, floats(h), value, direct, delta)
+    return Observed(h_next, float_f, p, s, value, direct, delta)
 
 
 def start(params: PyTree, h0: PyTree) -> PyTree:

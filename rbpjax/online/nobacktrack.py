@@ -12,6 +12,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from rbpjax._core.norm import norm
+from rbpjax._core.sharding import vary_like
 from rbpjax._core.tree import axpy
 from rbpjax.online.balance import Factors, balance
 from rbpjax.online.estimator import (
@@ -140,7 +141,7 @@ def reduce_units(
 
         def row_norm(i: jax.Array) -> jax.Array:
             unit = unravel(jax.nn.one_hot(i, flat_h.size, dtype=flat_h.dtype))
-            return norms.row(vjp(unit))
+            return norms.row(vjp(vary_like(unit, here.h)))
 
         # One row after another keeps the memory at one parameter tree.
         rows = jax.lax.map(row_norm, jnp.arange(flat_h.size))

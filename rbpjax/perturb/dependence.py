@@ -87,8 +87,9 @@ def _axes(jaxpr: core.Jaxpr, inputs: Sequence[Axis]) -> list[Axis]:
 def _rule(equation: core.JaxprEqn, axes: list[Axis]) -> list[Axis]:
     """The axes of an equation's outputs; ``MIXED`` for what is not understood."""
     name, params = equation.primitive.name, equation.params
-    shapes = [tuple(atom.aval.shape) for atom in equation.invars]
-    out = tuple(equation.outvars[0].aval.shape)
+    avals: list[Any] = [atom.aval for atom in (*equation.invars, *equation.outvars)]
+    shapes = [tuple(aval.shape) for aval in avals[: len(axes)]]
+    out = tuple(avals[len(axes)].shape)
     every = lambda axis: [axis] * len(equation.outvars)
     axis, shape = axes[0], shapes[0]
     if name in _CALLS:

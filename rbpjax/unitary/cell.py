@@ -262,6 +262,7 @@ class UnitaryCell:
 
     def _drive(self, params: CellParams, inputs: jax.Array | None) -> jax.Array:
         dtype = params.kernel.hat.real.dtype
+        dtype = params.kernel.hat.dtype if self.complex_valued else dtype
         if inputs is None:
             return jnp.zeros((), dtype)
         inputs = jnp.asarray(inputs)
@@ -278,7 +279,7 @@ class UnitaryCell:
                 "jax.vmap for leading batch axes."
             )
         drive = inputs if encoder is None else encoder @ inputs.astype(encoder.dtype)
-        return drive.astype(params.kernel.hat.dtype if self.complex_valued else dtype)
+        return drive.astype(dtype)
 
     def _check(self, params: CellParams, h: jax.Array) -> None:
         """Raises ValueError for parameters or a state of another kind of cell."""

@@ -143,8 +143,10 @@ def recomputed_scan(
         return h, emitted.call(p.emit, p.params, x, h)
 
     everything = (_Params(params, f_consts, emitted.consts, inverse_consts), inputs)
-    probe = HistoryReport.zeros() if probe is None else probe
-    probe = HistoryReport(of_each_example(probe.drift, (everything, h0)))
+    if probe is None:
+        probe = HistoryReport.zeros()
+    else:
+        probe = HistoryReport(of_each_example(probe.drift, (everything, h0)))
     run = _Run(step, history, total)
     return _scan(run, floats(everything), others(everything), h0, probe)
 

@@ -1,5 +1,7 @@
 """The graph cell's fixed point and gradient, against a dense solve."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +43,8 @@ def test_messages_go_from_sender_to_receiver():
 def test_fixed_point_and_gradient_are_those_of_a_dense_solve():
     """h = Âh W + d, or (I - Wᵀ ⊗ Â) vec h = vec d, W far from symmetric."""
     graph = normalized_adjacency(BOTH, NODES)
-    graph = graph._replace(weights=graph.weights.astype(jnp.float64))
+    wide = graph.weights.astype(jnp.float64)
+    graph = dataclasses.replace(graph, weights=wide)
     random = np.random.default_rng(0)
     cell = GraphCell(UNITS, gain=0.9)
     kernel = random.normal(size=(UNITS, UNITS))
