@@ -69,7 +69,7 @@ class FuzzRooms:
     seed: Natural = 0
     """Of the generator."""
     group: Count = 200
-    """Cases that share a set-up, and so a compilation; 100 where signs are enumerated."""
+    """Cases that share a set-up and a compilation; 100 where signs are enumerated."""
     fresh: bool = False
     """Forget what an interrupted run left."""
 

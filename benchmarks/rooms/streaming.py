@@ -310,13 +310,16 @@ STREAMING: dict[str, Make] = {
 }
 
 
+UNITS = ["rtrl", "uoro", "nobacktrack", "average"]
+
+
 def units(random: Random, size: int) -> tuple[str, np.ndarray]:
     """Other units of parameters, states and losses: the same bits, scaled.
 
     In float32, from 4⁻³³ to 4³³, which is 1e-20 to 1e20; half of the cases in small
     units of everything that the network makes.
     """
-    kind = random.choice(["rtrl", "uoro", "nobacktrack", "average"])
+    kind = str(random.choice(UNITS))
     n, steps = int(random.integers(1, 5)), int(random.integers(2, 6))
     problem = draw(random, size, steps, n, 0.0)
     single = lambda a: a.astype(jnp.float32)
