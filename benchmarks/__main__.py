@@ -20,6 +20,7 @@ from benchmarks.hyperopt.experiment import Hyperopt
 from benchmarks.online.experiment import Online
 from benchmarks.perturb.experiment import Perturb
 from benchmarks.readme import Readme
+from benchmarks.rooms.fuzz import FuzzRooms
 from benchmarks.unitary.experiment import Unitary
 
 # To add an experiment, write it in one file and add one row here.
@@ -28,6 +29,7 @@ EXPERIMENTS: tuple[type[Experiment], ...] = (
     Collection,
     Families,
     Fuzz,
+    FuzzRooms,
     Hopfield,
     Hyperopt,
     Modes,
