@@ -8,7 +8,7 @@ from benchmarks.citation.experiment import Citation
 from benchmarks.comparison.before_after import BeforeAfter
 from benchmarks.comparison.collection.experiment import Collection
 from benchmarks.comparison.families import Families
-from benchmarks.comparison.fuzz import Fuzz
+from benchmarks.comparison.fuzz.experiment import Fuzz
 from benchmarks.comparison.modes import Modes
 from benchmarks.comparison.rules import Rules
 from benchmarks.comparison.warm import Warm
@@ -20,6 +20,7 @@ from benchmarks.hyperopt.experiment import Hyperopt
 from benchmarks.online.experiment import Online
 from benchmarks.perturb.experiment import Perturb
 from benchmarks.readme import Readme
+from benchmarks.rooms.fuzz import FuzzRooms
 from benchmarks.unitary.experiment import Unitary
 
 # To add an experiment, write it in one file and add one row here.
@@ -28,6 +29,7 @@ EXPERIMENTS: tuple[type[Experiment], ...] = (
     Collection,
     Families,
     Fuzz,
+    FuzzRooms,
     Hopfield,
     Hyperopt,
     Modes,

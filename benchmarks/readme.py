@@ -56,15 +56,22 @@ def families_table() -> str:
 def fuzz_line() -> str:
     """What the fuzz found."""
     result = read_json("fuzz")
-    total = lambda key: sum(rule[key] for rule in result["rules"].values())
-    worst = max(rule["worst"] for rule in result["rules"].values())
-    return (
-        f"{result['problems']:,} random problems, of which {total('converged'):,} "
-        f"were reported as converged: {total('silently_wrong')} of those with an error "
-        f"above 10 · tolerance · condition number (worst: {worst:.2g} of that), "
-        f"{total('false_alarms')} false alarms, {total('misreported')} residuals "
-        "reported below half of the true one."
-    )
+    names = {"default": "by default", "verified": "with the solved estimate on request"}
+    lines = []
+    for mode, words in names.items():
+        if mode not in result:
+            continue
+        part = result[mode]
+        n = dict(zip(part["columns"], part["all"], strict=True))
+        lines.append(
+            f"- {words}: {n['right']:,} gradients right to their accuracy, "
+            f"{n['converged']:,} called converged, {n['silent']:,} of those silently "
+            "wrong (error above ten times the accuracy); "
+            f"{n['stated']:,} bounds stated, {n['exceeded']:,} exceeded tenfold; "
+            f"{n['alarms']:,} false alarms (right, and not called converged)"
+        )
+    total = result["options"]["num"]
+    return "\n".join([f"Of {total:,} random problems,", "", *lines])
 
 
 def modes_table() -> str:

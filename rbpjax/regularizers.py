@@ -15,6 +15,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from rbpjax._core import sharding, tree
+from rbpjax._core.keys import check_key
 from rbpjax._core.step import close
 from rbpjax.types import LinearMap, PyTree, StepFn
 
@@ -59,8 +60,9 @@ def jacobian_penalty(
       A scalar, the mean over probes.
 
     Raises:
-      ValueError: if not exactly one of ``key`` and ``probes`` is given, ``num_probes``
-        is below 1, ``probes`` is not like h, or f changes the state.
+      ValueError: if not exactly one of ``key`` and ``probes`` is given, ``key`` is no
+        PRNG key, ``num_probes`` no Python int of at least 1, ``probes`` is not like h,
+        or f changes the state.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -80,14 +82,22 @@ def jacobian_penalty(
     if (key is None) == (probes is None):
         raise ValueError("jacobian_penalty: give `key` or, with key=None, `probes`.")
     if key is not None:
-        if num_probes < 1:
-            raise ValueError(f"`num_probes` must be at least 1; got {num_probes}.")
+        _check_count("num_probes", num_probes)
+        check_key(key)
         probes = _normal(key, h, num_probes)
-    shapes = lambda t: jax.tree.map(jnp.shape, t)
-    if shapes(jax.tree.map(lambda u: u[0], probes)) != shapes(h):
+    probes = jax.tree.map(jnp.asarray, probes)
+    leads = {u.shape[:1] for u in jax.tree.leaves(probes)}
+    if len(leads) != 1 or leads <= {(), (0,)}:
+        shapes = jax.tree.map(jnp.shape, probes)
+        raise ValueError(
+            "`probes` must have one leading axis for all leaves, over at least one "
+            f"probe; got {shapes}."
+        )
+    describe = lambda t: jax.tree.map(lambda u: (u.shape, str(u.dtype)), t)
+    if describe(jax.tree.map(lambda u: u[0], probes)) != describe(h):
         raise ValueError(
             "`probes` must be like `h` with one more leading axis; got "
-            f"{shapes(probes)} for {shapes(h)}."
+            f"{describe(probes)} for {describe(h)}."
         )
 
     def square(probe: PyTree) -> jax.Array:
@@ -179,7 +189,8 @@ def spectral_normalize(
 
     Args:
       kernel: array of at least two axes.
-      target: the largest singular value allowed, positive.
+      target: the largest singular value allowed, positive; what is traced and is not
+        gives NaN.
       num_steps: ``None``: exact; or the number of steps of the power method.
 
     Returns:
@@ -187,7 +198,8 @@ def spectral_normalize(
 
     Raises:
       ValueError: if ``kernel`` is not a floating-point array of at least two axes,
-        ``target`` is a number that is not positive, or ``num_steps`` is below 1.
+        ``target`` is a number that is not positive, or ``num_steps`` is no Python int
+        of at least 1.
 
     Example:
       >>> import jax.numpy as jnp
@@ -209,8 +221,8 @@ def spectral_normalize(
         )
     if isinstance(target, (int, float)) and not target > 0:
         raise ValueError(f"`target` must be positive; got {target}.")
-    if num_steps is not None and num_steps < 1:
-        raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")
+    if num_steps is not None:
+        _check_count("num_steps", num_steps)
     matrix = kernel.reshape(-1, kernel.shape[-1])
     matrix = matrix.astype(tree.real_dtype(matrix))  # float32 at least
     if num_steps is None:
@@ -220,6 +232,7 @@ def spectral_normalize(
     target = jnp.asarray(target, sigma.dtype)
     large = sigma > target
     factor = jnp.where(large, target / jnp.where(large, sigma, 1), 1)
+    factor = jnp.where(target > 0, factor, jnp.nan)
     return kernel * factor.astype(kernel.dtype)
 
 
@@ -228,12 +241,19 @@ def _power_method(matrix: jax.Array, num_steps: int) -> jax.Array:
     fixed = lax.stop_gradient(matrix)
 
     def step(v: jax.Array, _: None) -> tuple[jax.Array, None]:
-        return tree.to_unit(fixed.T @ (fixed @ v))[0], None
+        # In between too: the square of a large or small kernel is out of range.
+        return tree.to_unit(fixed.T @ tree.to_unit(fixed @ v)[0])[0], None
 
     start = jax.random.normal(jax.random.key(0), matrix.shape[1:], matrix.dtype)
     v, _ = lax.scan(step, tree.to_unit(start)[0], length=num_steps)
     u = tree.to_unit(fixed @ v)[0]
     return u @ (matrix @ v)
+
+
+def _check_count(name: str, value: object) -> None:
+    """Raises ValueError unless ``value`` is a Python int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be at least 1; got {value!r}, no such int.")
 
 
 def _vjp(

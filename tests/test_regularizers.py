@@ -490,3 +490,43 @@ def test_penalties_leave_the_solve_out_where_told():
     value = lambda t: penalty(w + t * d, h(w + t * d))
     slope = (value(1e-5) - value(-1e-5)) / 2e-5
     np.testing.assert_allclose(jnp.vdot(whole, d), slope, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e-10, 1.0, 1e10, 1e19, 1e30])
+@pytest.mark.parametrize("num_steps", [None, 100])
+def test_kernels_of_any_size_are_bounded(size, num_steps):
+    """float32, also where the squares of entries are out of range."""
+    kernel = np.random.default_rng(0).standard_normal((5, 4)) * size
+    kernel = kernel.astype(np.float32)
+    sigma = np.linalg.norm(kernel.astype(float), 2)
+    target = jnp.float32(sigma / 3)
+    got = rbpjax.regularizers.spectral_normalize(kernel, target, num_steps=num_steps)
+    # 100 steps leave (σ₂/σ₁)²⁰⁰ of the gap, and σ₂/σ₁ is 0.9.
+    np.testing.assert_allclose(got, kernel / 3, rtol=1e-5, atol=1e-6 * sigma)
+
+
+def test_a_traced_target_that_is_not_positive_is_told():
+    """NaN, not a kernel of the other sign or none."""
+    cut = jax.jit(
+        lambda target: rbpjax.regularizers.spectral_normalize(jnp.eye(2), target)
+    )
+    for target in (-1.0, 0.0, jnp.nan):
+        assert jnp.isnan(cut(target)).all()
+
+
+def test_counts_keys_and_probes_are_what_they_should_be():
+    """Floats and bools as counts, integers as keys, probes of another dtype."""
+    f, h = lambda w, x, h: w * h, jnp.ones(2)
+    penalty = lambda key, **k: rbpjax.regularizers.jacobian_penalty(
+        key, f, 1.0, None, h, **k
+    )
+    for count in (True, 2.5, jnp.array(3)):
+        with pytest.raises(ValueError, match="`num_probes` must be at least 1"):
+            penalty(jax.random.key(0), num_probes=count)
+        with pytest.raises(ValueError, match="`num_steps` must be at least 1"):
+            rbpjax.regularizers.spectral_normalize(jnp.eye(2), 0.5, num_steps=count)
+    with pytest.raises(ValueError, match="`key` must be one PRNG key"):
+        penalty(0)
+    for probes in (jnp.ones((1, 2), jnp.float32), jnp.ones(2), jnp.ones((0, 2))):
+        with pytest.raises(ValueError, match="`probes` must"):
+            penalty(None, probes=probes)

@@ -118,7 +118,8 @@ class Paper(nnx.Module):
         )
         receivers, senders = graph.edges[np.lexsort(graph.edges.T[::-1])].T
         ones = np.ones(len(senders), np.float32)
-        edges = Graph(*map(jnp.asarray, (senders, receivers, ones)))
+        arrays = map(jnp.asarray, (senders, receivers, ones))
+        edges = Graph(*arrays, num_nodes=len(graph.labels))
         return edges, jnp.asarray(reduced, jnp.float32)
 
     @staticmethod

@@ -75,6 +75,11 @@ def divide(x: PyTree, a: jax.Array) -> PyTree:
     return jax.tree.map(leaf, x)
 
 
+def multiply(factors: PyTree, x: PyTree) -> PyTree:
+    """Each leaf of ``x`` times the real scalar in its place in ``factors``."""
+    return jax.tree.map(scale, factors, x)
+
+
 def axpy(a: jax.Array | float, x: PyTree, y: PyTree) -> PyTree:
     """``a * x + y`` for a real scalar ``a``, in the dtypes of ``y``."""
 

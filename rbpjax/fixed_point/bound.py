@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from rbpjax._core import sharding, tree
 from rbpjax._core.step import ClosedStep, floats
 from rbpjax.fixed_point.iterate import ratio
-from rbpjax.types import PyTree
+from rbpjax.types import PyTree, Status
 
 FAR = 0.1
 """Of its size, an error of the state from which nothing is said of the gradient."""
@@ -37,6 +37,7 @@ def error_bound(
     vjp: Callable[[PyTree], Any],
     g: PyTree,
     z: PyTree,
+    status: jax.Array,
 ) -> Bound:
     """A bound on the relative error of the gradient (∂f/∂args)ᵀz, by seven products.
 
@@ -56,6 +57,8 @@ def error_bound(
       vjp: of the step at (args, h): a pair, of args and of h.
       g: the cotangent.
       z: the adjoint found, (I - Jᵀ) z = g.
+      status: of the forward solve. Of a state that its solver did not bring to rest
+        nothing is said.
     """
     eps = tree.coarsest_eps(h)
     unit, noise = _random(h)
@@ -68,7 +71,9 @@ def error_bound(
     ones, others = vjp(part), vjp(tree.sub(z, part))
     lost = tree.sub(tree.add(ones[1], others[1]), product)
     lost_gradient = _difference(_sum(ones[0], others[0]), gradient)
-    precision = jnp.maximum(4 * ratio(backward(lost), backward(product)), eps)
+    precision = 4 * ratio(backward(lost), backward(product))
+    # Below, it is that of the state itself, of which a few roundings are seen.
+    precision = jnp.where(precision > 16 * eps, precision, eps)
     rounding = eps * (backward(g) + backward(z) + backward(product)) + backward(lost)
 
     q = tree.sub(image, h)
@@ -104,8 +109,10 @@ def error_bound(
     ]
     found = jnp.sqrt(sum(jnp.square(term.astype(away.dtype)) for term in terms))
     finite = jnp.isfinite(tree.max_abs(z)) & jnp.isfinite(_largest(gradient))
-    known = (found < 0.5) & (away < FAR) & finite  # False for NaN
+    settled = (status == Status.CONVERGED) | (status == Status.ROUNDING)
+    known = (found < 0.5) & (away < FAR) & finite & settled  # False for NaN
     nothing = backward(g) == 0
+    known &= backward(z) > 0
     known_or_none = jnp.where(known, found / (1 - jnp.where(known, found, 0)), jnp.inf)
     return Bound(
         jnp.where(nothing & finite, 0, known_or_none),

@@ -91,7 +91,7 @@ class Look(NamedTuple):
         return jnp.linalg.norm(ratio(self.change, units))
 
 
-def ratio(a: jax.Array, b: jax.Array) -> jax.Array:
+def ratio(a: jax.Array | float, b: jax.Array) -> jax.Array:
     """``a / b``, and 0 where b = 0."""
     return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
 

@@ -115,7 +115,7 @@ def _solve_bwd(step, solver, rule, saved, cotangents):
     z = _solve(adjoint_step, adjoint_solver, rule, (args, h, g), start, None)
     report = None
     if probe is not None:
-        bound = error_bound(step, args, h, image, vjp, g, z.value)
+        bound = error_bound(step, args, h, image, vjp, g, z.value, found.status)
         report = reported(found, z, g, bound, probe)
     # None is a zero cotangent: a fixed point does not depend on where one starts.
     return vjp(z.value)[0], None, report

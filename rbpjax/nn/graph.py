@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,19 +14,32 @@ from flax import nnx
 from rbpjax.regularizers import spectral_normalize
 
 
-class Graph(NamedTuple):
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["senders", "receivers", "weights"],
+    meta_fields=["num_nodes"],
+)
+@dataclasses.dataclass(frozen=True)
+class Graph:
     """A sparse matrix Â over nodes: one entry an edge, sorted by receiver.
+
+    A pytree with three arrays as its leaves.
 
     Attributes:
       senders: ``int32[edge]``, where a message comes from: the column.
       receivers: ``int32[edge]``, where it goes: the row, in ascending order.
       weights: ``float[edge]``, the entry.
+      num_nodes: how many nodes there are, a Python int.
+
+    Raises:
+      ValueError: ``num_nodes`` is no Python int of at least 1, or the arrays are not
+        three vectors of one length; by `propagate`, for a state of other nodes.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from rbpjax.nn import Graph
       >>> edge = lambda *nodes: jnp.array(nodes, jnp.int32)
-      >>> graph = Graph(edge(1, 2), edge(0, 1), jnp.array([1.0, 2.0]))
+      >>> graph = Graph(edge(1, 2), edge(0, 1), jnp.array([1.0, 2.0]), num_nodes=3)
       >>> graph.propagate(jnp.array([[1.0], [2.0], [3.0]])).ravel().tolist()
       [2.0, 6.0, 0.0]
     """
@@ -33,13 +47,39 @@ class Graph(NamedTuple):
     senders: jax.Array
     receivers: jax.Array
     weights: jax.Array
+    num_nodes: int
+
+    def __post_init__(self) -> None:
+        count = self.num_nodes
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(
+                f"Graph: `num_nodes` must be a Python int of at least 1; got {count!r}."
+            )
+        arrays = (self.senders, self.receivers, self.weights)
+        # JAX makes graphs of other things than arrays, such as axes and shapes.
+        if all(isinstance(a, (jax.Array, np.ndarray)) for a in arrays):
+            shapes = [jnp.shape(a) for a in arrays]
+            if len(set(shapes)) != 1:
+                raise ValueError(
+                    "Graph: `senders`, `receivers` and `weights` must have one entry "
+                    f"for each edge; got shapes {shapes}."
+                )
 
     def propagate(self, h: jax.Array) -> jax.Array:
         """Âh for ``h [node, feature]``: sums over incoming edges, of that shape.
 
         Cost: one gather and one sorted segment sum over the edges; no dense matrix.
         AD modes: all.
+
+        Raises:
+          ValueError: ``h`` is not ``[num_nodes, feature]``.
         """
+        if jnp.ndim(h) != 2 or len(h) != self.num_nodes:
+            raise ValueError(
+                f"`h` must be [node, feature] with {self.num_nodes} nodes; got shape "
+                f"{jnp.shape(h)}. Add an axis for a single feature, and use jax.vmap "
+                "for leading batch axes."
+            )
         messages = self.weights[:, None] * h[self.senders]
         return jax.ops.segment_sum(
             messages, self.receivers, len(h), indices_are_sorted=True
@@ -62,7 +102,9 @@ def normalized_adjacency(edges: np.ndarray, num_nodes: int) -> Graph:
       A `Graph` with ``float32`` weights.
 
     Raises:
-      ValueError: if ``edges`` is not an integer array of pairs of nodes.
+      ValueError: if ``edges`` is not an integer array of pairs of nodes (a row an edge;
+        two edges as [2, edge] look the same, and are read as rows), or ``num_nodes`` is
+        no Python int of at least 1.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np
@@ -75,6 +117,8 @@ def normalized_adjacency(edges: np.ndarray, num_nodes: int) -> Graph:
       Kipf and Welling, "Semi-Supervised Classification with Graph Convolutional
       Networks", ICLR 2017, the renormalization trick, https://arxiv.org/abs/1609.02907.
     """
+    if isinstance(num_nodes, bool) or not isinstance(num_nodes, (int, np.integer)):
+        raise ValueError(f"`num_nodes` must be a Python int; got {num_nodes!r}.")
     edges = np.asarray(edges)
     pairs = edges.ndim == 2 and edges.shape[1] == 2
     if not (pairs and np.issubdtype(edges.dtype, np.integer)):
@@ -96,6 +140,7 @@ def normalized_adjacency(edges: np.ndarray, num_nodes: int) -> Graph:
         jnp.asarray(edges[:, 1], jnp.int32),
         jnp.asarray(edges[:, 0], jnp.int32),
         jnp.asarray(weights, jnp.float32),
+        int(num_nodes),
     )
 
 

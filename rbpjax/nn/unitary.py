@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from rbpjax.unitary import CellWeights, UnitaryCell, recomputed_scan
@@ -96,9 +97,28 @@ class UnitaryRNN(nnx.Module):
 
         Returns:
           The last state, and the outputs [T, outputs] or None.
+
+        Raises:
+          ValueError: if ``inputs`` are no sequence of what the cell takes, or ``h0`` is
+            no state of it.
         """
         params = self.cell.prepare(self.weights())
-        h0 = self.cell.start() if h0 is None else h0
+        encoder = params.encoder
+        want = self.cell.field_shape if encoder is None else encoder.shape[-1:]
+        if jnp.shape(inputs)[1:] != want or jnp.shape(inputs)[:1] in ((), (0,)):
+            raise ValueError(
+                f"UnitaryRNN: `inputs` must be one sequence, [T, {str(want)[1:-1]}] "
+                f"with at least one step; got shape {jnp.shape(inputs)}. Use jax.vmap "
+                "or nnx.vmap for a batch."
+            )
+        start = self.cell.start()
+        h0 = start if h0 is None else h0
+        kinds = [(jnp.shape(h), jnp.iscomplexobj(h)) for h in (h0, start)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"UnitaryRNN: `h0` must be a {start.dtype} field {start.shape}; got "
+                f"{jnp.result_type(h0)}{list(jnp.shape(h0))}."
+            )
         emit = None
         if self.decoder is not None:
             emit = lambda params, _, h: self.cell.readout(params, h)

@@ -14,6 +14,7 @@ from rbpjax.online.estimator import (
     OnlineOutput,
     check_count,
     check_functions,
+    checked,
     no_noise,
     start,
 )
@@ -122,7 +123,7 @@ def bptt(f: StepFn, loss: LossFn, *, truncation: int | None = None) -> Estimator
         (carry, out), _ = jax.lax.scan(body, (carry, zeros), (xs, ys))
         return carry, out
 
-    return Estimator(_init, no_noise, step)
+    return checked(_init, no_noise, step)
 
 
 def _init(params: PyTree, h0: PyTree) -> Carry:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
+from rbpjax._core.norm import plain
+from rbpjax._core.step import check_like
+from rbpjax._core.tree import scale
 from rbpjax.online.estimator import (
+    Axes,
     Carry,
     Estimator,
     LossFn,
     OnlineOutput,
     check_count,
     check_positive,
+    checked,
 )
-from rbpjax.online.rank_one import norm
 from rbpjax.types import PyTree, StepFn
 
 __all__ = ["average", "over_batch", "per_sequence", "renormalize", "reset"]
@@ -52,31 +58,35 @@ def average(estimator: Estimator, copies: int) -> Estimator:
       https://arxiv.org/abs/1702.05043, on reducing the variance.
     """
     check_count("copies", copies)
-    axes = Carry(None, 0, 0)
 
     def init(params: PyTree, h0: PyTree) -> Carry:
         carry = estimator.init(params, h0)
-        many = jax.tree.map(
-            lambda x: jnp.broadcast_to(x, (copies, *x.shape)), carry[1:]
-        )
-        return Carry(carry.h, *many)
+        many = lambda x: jnp.broadcast_to(x, (copies, *x.shape))
+        influence, metric = jax.tree.map(many, (carry.influence, carry.metric))
+        return _outside("copies", Carry(carry.h, influence, metric, carry.axes))
 
     def noise(key: jax.Array, carry: Carry) -> PyTree:
+        carry = _inside(carry)
         keys = jax.random.split(key, copies)
-        return jax.vmap(estimator.noise, (0, axes))(keys, carry)
+        return jax.vmap(estimator.noise, (0, Carry(None, 0, 0, carry.axes)))(
+            keys, carry
+        )
 
     def step(
         params: PyTree, carry: Carry, x: PyTree, y: PyTree, noise: PyTree
     ) -> tuple[Carry, OnlineOutput]:
+        carry = _inside(carry)
+        axes = Carry(None, 0, 0, carry.axes)
         many = jax.vmap(
             estimator.step,
             in_axes=(None, axes, None, None, 0),
             out_axes=(axes, OnlineOutput._make((None, 0))),
+            axis_size=copies,  # where nothing is carried but the state
         )
         carry, out = many(params, carry, x, y, noise)
-        return carry, out._replace(grads=_mean(out.grads))
+        return _outside("copies", carry), out._replace(grads=_mean(out.grads))
 
-    return Estimator(init, noise, step)
+    return checked(init, noise, step)
 
 
 def per_sequence(estimator: Estimator) -> Estimator:
@@ -84,7 +94,8 @@ def per_sequence(estimator: Estimator) -> Estimator:
 
     States, inputs and targets get a leading batch axis; losses and gradients are
     means over it. Against the shared parameter part of ``over_batch`` this has less
-    variance, and needs a parameter tree for each sequence.
+    variance, and needs a parameter tree for each sequence. A sequence that is not
+    finite makes the means not finite, and no other sequence's carry: ``reset`` it.
 
     Exact, unbiased or truncated as ``estimator``. Cost and memory: ``estimator``'s,
     times the batch. Transformations and AD modes as ``estimator``.
@@ -96,8 +107,7 @@ def per_sequence(estimator: Estimator) -> Estimator:
       An ``Estimator`` for a batch; every leaf of its carry has a leading batch axis.
 
     Raises:
-      ValueError: from JAX, where the leaves of states, inputs and targets differ in
-        their leading axis.
+      ValueError: the leaves of states, inputs and targets differ in their leading axis.
 
     Example:
       >>> import jax.numpy as jnp
@@ -113,20 +123,23 @@ def per_sequence(estimator: Estimator) -> Estimator:
     """
 
     def init(params: PyTree, h0: PyTree) -> Carry:
-        return jax.vmap(estimator.init, (None, 0))(params, h0)
+        _batch_size(h0=h0)
+        carry = jax.vmap(estimator.init, (None, 0))(params, h0)
+        return _outside("sequences", carry)
 
     def noise(key: jax.Array, carry: Carry) -> PyTree:
-        size = jax.tree.leaves(carry.h)[0].shape[0]
-        return jax.vmap(estimator.noise)(jax.random.split(key, size), carry)
+        keys = jax.random.split(key, _batch_size(h0=carry.h))
+        return jax.vmap(estimator.noise)(keys, _inside(carry))
 
     def step(
         params: PyTree, carry: Carry, x: PyTree, y: PyTree, noise: PyTree
     ) -> tuple[Carry, OnlineOutput]:
+        _batch_size(h=carry.h, x=x, y=y)
         many = jax.vmap(estimator.step, (None, 0, 0, 0, 0))
-        carry, out = many(params, carry, x, y, noise)
-        return carry, OnlineOutput(*_mean(tuple(out)))
+        carry, out = many(params, _inside(carry), x, y, noise)
+        return _outside("sequences", carry), OnlineOutput(*_mean(tuple(out)))
 
-    return Estimator(init, noise, step)
+    return checked(init, noise, step)
 
 
 def over_batch(f: StepFn, loss: LossFn) -> tuple[StepFn, LossFn]:
@@ -136,7 +149,9 @@ def over_batch(f: StepFn, loss: LossFn) -> tuple[StepFn, LossFn]:
     batch axis and the parameter part w is shared, so that memory is one parameter
     tree for the whole batch, at the price of cross terms between sequences (more
     variance, no bias). ``rtrl`` and ``nobacktrack`` take it too, the latter with one
-    row for each unit of each sequence.
+    row for each unit of each sequence. What is shared is shared for better and worse:
+    one sequence that is not finite spoils w for all. Where that may happen, use
+    ``per_sequence``.
 
     Exact. Cost: f and loss once for each sequence. All AD modes.
 
@@ -148,8 +163,7 @@ def over_batch(f: StepFn, loss: LossFn) -> tuple[StepFn, LossFn]:
       ``(f, loss)`` for states, inputs and targets with a leading batch axis.
 
     Raises:
-      ValueError: from JAX, where the leaves of states, inputs and targets differ in
-        their leading axis.
+      ValueError: the leaves of states, inputs and targets differ in their leading axis.
 
     Example:
       >>> import jax.numpy as jnp
@@ -165,33 +179,40 @@ def over_batch(f: StepFn, loss: LossFn) -> tuple[StepFn, LossFn]:
       https://arxiv.org/abs/1702.05043.
     """
 
+    def many(params: PyTree, x: PyTree, h: PyTree) -> PyTree:
+        _batch_size(h=h, x=x)
+        return jax.vmap(f, (None, 0, 0))(params, x, h)
+
     def mean_loss(params: PyTree, h: PyTree, y: PyTree) -> jax.Array:
+        _batch_size(h=h, y=y)
         return jnp.mean(jax.vmap(loss, (None, 0, 0))(params, h, y))
 
-    return jax.vmap(f, (None, 0, 0)), mean_loss
+    return many, mean_loss
 
 
 def reset(carry: PyTree, fresh: PyTree, ended: jax.Array) -> PyTree:
     """Starts anew where a sequence has ended.
 
     With ``fresh = est.init(params, h0)`` the influence is forgotten exactly as if the
-    run had begun there. A vector ``ended`` selects sequences along the leading axis
-    of every leaf, as ``per_sequence`` has it. Where w is shared by a batch, reset
-    ``carry.h`` and ``carry.influence.v`` only: a zero row of v forgets its sequence.
+    run had begun there. A vector ``ended`` selects the sequences of ``per_sequence``,
+    wherever their axis is: the carry knows, also under ``average``. Of a pytree that is
+    no ``Carry`` it selects along the leading axis of every leaf. Where w is shared by a
+    batch (``over_batch``), there is no carry a sequence: reset ``carry.h`` and
+    ``carry.influence.v``, as parts; a zero row of v forgets its sequence.
 
     Exact. Cost: one selection a leaf. All AD modes.
 
     Args:
       carry: the carry of an estimator, or a part of it.
       fresh: same pytree as ``carry``.
-      ended: a bool scalar, or a bool vector over the leading axis.
+      ended: a bool scalar, or one bool for each sequence.
 
     Returns:
       Same pytree as ``carry``.
 
     Raises:
-      ValueError: the two pytrees differ, or a vector ``ended`` has not the length of
-        the leading axes.
+      ValueError: the two pytrees differ, ``ended`` is not made of bools, it has not the
+        shape of the sequences of all leaves, or ``carry`` has no sequences.
 
     Example:
       >>> import jax.numpy as jnp
@@ -205,12 +226,48 @@ def reset(carry: PyTree, fresh: PyTree, ended: jax.Array) -> PyTree:
       Algorithm for Continually Running Fully Recurrent Neural Networks", Neural
       Computation 1, 1989.
     """
+    if not jnp.issubdtype(jnp.result_type(ended), jnp.bool_):
+        raise ValueError(
+            f"`ended` must be bools, one for each sequence; got {jnp.asarray(ended)!r}."
+        )
+    remedy = "With est.init(params, h0) it has them."
+    check_like(fresh, carry, "`fresh`", "`carry`", remedy)
+    rank = jnp.ndim(ended)
+    if not isinstance(carry, Carry):
+        return jax.tree.map(
+            lambda a, b: _select(a, b, ended, range(rank)), carry, fresh
+        )
+    names = carry.axes.names
+    places = [i for i, name in enumerate(names) if name == "sequences"][:rank]
+    if len(places) < rank:
+        raise ValueError(
+            f"`ended` of shape {jnp.shape(ended)} asks for {rank} axes of sequences; "
+            f"the carry has {len(places)} (its axes: {names}). Make it with "
+            "`per_sequence`; of a system made by `over_batch`, reset carry.h and "
+            "carry.influence.v by themselves."
+        )
+    at = lambda places: lambda old, new: _select(old, new, ended, places)
+    lead = carry.influence, carry.metric
+    fresh_lead = fresh.influence, fresh.metric
+    influence, metric = jax.tree.map(at(places), lead, fresh_lead)
+    h = jax.tree.map(at(range(rank)), carry.h, fresh.h)
+    return Carry(h, influence, metric, carry.axes)
 
-    def select(old: jax.Array, new: jax.Array) -> jax.Array:
-        rank = jnp.ndim(old) - jnp.ndim(ended)
-        return jnp.where(jnp.reshape(ended, jnp.shape(ended) + (1,) * rank), new, old)
 
-    return jax.tree.map(select, carry, fresh)
+def _select(
+    old: jax.Array, new: jax.Array, ended: jax.Array, places: Sequence[int]
+) -> jax.Array:
+    """``new`` where ``ended``, whose axes are those of the leaf at ``places``."""
+    shape = jnp.shape(old)
+    found = tuple(shape[i] for i in places if i < len(shape))
+    if found != jnp.shape(ended):
+        raise ValueError(
+            f"`ended` must have one bool for each sequence; got shape "
+            f"{jnp.shape(ended)} for a leaf of shape {shape}, with sequences at axes "
+            f"{list(places)}."
+        )
+    mask = [shape[i] if i in places else 1 for i in range(len(shape))]
+    return jnp.where(jnp.reshape(ended, mask), new, old)
 
 
 def renormalize(estimator: Estimator, max_norm: float) -> Estimator:
@@ -226,7 +283,8 @@ def renormalize(estimator: Estimator, max_norm: float) -> Estimator:
     Args:
       estimator: any estimator that carries an influence.
       max_norm: bound on the Euclidean norm of all numbers of the influence; for a
-        pair v, w of equal norms that is √(2 ‖v wᵀ‖).
+        pair v, w of equal norms that is √(2 ‖v wᵀ‖). Of each influence by itself,
+        where ``estimator`` has one for each copy or sequence.
 
     Returns:
       An ``Estimator`` with the same carry.
@@ -256,11 +314,45 @@ def renormalize(estimator: Estimator, max_norm: float) -> Estimator:
         params: PyTree, carry: Carry, x: PyTree, y: PyTree, noise: PyTree
     ) -> tuple[Carry, OnlineOutput]:
         carry, out = estimator.step(params, carry, x, y, noise)
-        scale = max_norm / jnp.maximum(norm(carry.influence), max_norm)
-        influence = jax.tree.map(lambda x: x * scale.astype(x.dtype), carry.influence)
-        return carry._replace(influence=influence), out
 
-    return Estimator(estimator.init, estimator.noise, step)
+        def bounded(influence: PyTree) -> PyTree:
+            excess = plain(scale(1 / max_norm, influence))
+            # What has grown out of all bounds in one step is lost, and must say so.
+            excess = jnp.where(jnp.isinf(excess), jnp.nan, excess)
+            return scale(1 / jnp.maximum(excess, 1), influence)
+
+        for _ in carry.axes.names:
+            bounded = jax.vmap(bounded)
+        return carry._replace(influence=bounded(carry.influence)), out
+
+    return checked(estimator.init, estimator.noise, step)
+
+
+def _outside(name: str, carry: Carry) -> Carry:
+    """The carry with one more leading axis than its estimator knows of."""
+    return carry._replace(axes=Axes((name, *carry.axes.names)))
+
+
+def _inside(carry: Carry) -> Carry:
+    """The carry as the estimator that is mapped over its first axis sees it."""
+    return carry._replace(axes=Axes(carry.axes.names[1:]))
+
+
+def _batch_size(**trees: PyTree) -> int:
+    """The length of all leading axes; ValueError unless there is one."""
+    shapes = {
+        name: [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
+        for name, tree in trees.items()
+    }
+    sizes = {shape[:1] for found in shapes.values() for shape in found}
+    if len(sizes) != 1 or sizes == {()}:
+        names = ", ".join(f"`{name}`" for name in trees)
+        raise ValueError(
+            f"{names} must have one leading axis, over the sequences, in all of their "
+            f"leaves; got shapes {shapes}."
+        )
+    ((size,),) = sizes
+    return size
 
 
 def _mean(tree: PyTree) -> PyTree:

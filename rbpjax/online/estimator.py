@@ -15,17 +15,38 @@ The second term, δ F, is exact in every estimator of this room.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from rbpjax._core.keys import check_key
+from rbpjax._core.sharding import vary_like
 from rbpjax._core.step import as_state, check_like, floats, merge
 from rbpjax.types import PyTree, StepFn
 
 LossFn = Callable[[PyTree, PyTree, PyTree], jax.Array]
 """``loss(params, h, y) -> scalar``, at the state *after* the step."""
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """What the leading axes of an influence are, outermost first; static.
+
+    Attributes:
+      names: ``"copies"`` (of ``combine.average``, which share their state) and
+        ``"sequences"`` (of ``combine.per_sequence``, each with a state of its own).
+
+    Example:
+      >>> from rbpjax.online.estimator import Axes
+      >>> Axes(("copies", "sequences")).names
+      ('copies', 'sequences')
+    """
+
+    names: tuple[str, ...] = ()
 
 
 class Carry(NamedTuple):
@@ -40,6 +61,8 @@ class Carry(NamedTuple):
         ``bptt``.
       metric: running statistics that are no influence; ``()`` except for
         ``kalman_nobacktrack``.
+      axes: what the leading axes of influence and metric are, for ``combine.reset``
+        and ``combine.renormalize``; static.
 
     Example:
       >>> import jax.numpy as jnp
@@ -53,6 +76,7 @@ class Carry(NamedTuple):
     h: PyTree
     influence: PyTree
     metric: PyTree = ()
+    axes: Axes = Axes()
 
 
 class OnlineOutput(NamedTuple):
@@ -117,10 +141,16 @@ class Estimator(NamedTuple):
       step: ``step(params, carry, x, y, noise) -> (Carry, OnlineOutput)``; x and y are
         those of one step, for ``bptt`` those of a sequence.
 
+    States and parameters may have different dtypes, such as bfloat16 states with
+    float32 parameters: every part of the carry keeps the dtype that ``init`` gave it,
+    and norms are taken in float32 at least.
+
     Raises:
       ValueError: from ``init``, if ``params`` or ``h0`` is complex or not made of
-        arrays; from ``step``, if ``f`` does not return its state's structure, shapes
-        and dtypes, or ``loss`` no scalar.
+        arrays; from ``noise``, if ``key`` is no PRNG key; from ``step``, if ``carry``
+        or ``noise`` is that of another estimator, other parameters or another state,
+        if ``f`` does not return its state's structure, shapes and dtypes, or ``loss``
+        no floating-point scalar.
 
     Example:
       >>> import jax
@@ -155,6 +185,70 @@ def no_noise(key: jax.Array, carry: Carry) -> tuple[()]:
     """The noise of a deterministic estimator: none."""
     del key, carry
     return ()
+
+
+def checked(
+    init: InitFn, noise: NoiseFn, step: OnlineStepFn, blank: InitFn | None = None
+) -> Estimator:
+    """An estimator that refuses the carries, the noise and the keys of others.
+
+    Shapes alone are compared, while tracing. ``blank`` is ``init`` without its checks.
+    """
+
+    def checked_init(params: PyTree, h0: PyTree) -> Carry:
+        carry = init(params, h0)
+        lead = vary_like((carry.influence, carry.metric), (params, carry.h))
+        return carry._replace(influence=lead[0], metric=lead[1])
+
+    def draw(key: jax.Array, carry: Carry) -> PyTree:
+        check_key(key)
+        return noise(key, carry)
+
+    def checked_step(
+        params: PyTree, carry: Carry, x: PyTree, y: PyTree, noise: PyTree
+    ) -> tuple[Carry, OnlineOutput]:
+        check_real(params, "params")
+        if not isinstance(carry, Carry):
+            raise ValueError(
+                "`carry` must be the Carry that `init(params, h0)` or the last step "
+                f"returned; got {type(carry).__name__}."
+            )
+        check_real(carry.h, "h")
+        like = jax.eval_shape(blank or init, params, carry.h)
+        check_like(carry, like, "`carry`", "what `init(params, h)` returns", _CARRY)
+        noise = vary_like(_as_noise(noise, draw, like), carry.h)
+        return step(params, carry, x, y, noise)
+
+    return Estimator(checked_init, draw, checked_step)
+
+
+_CARRY = (
+    "A carry belongs to the estimator, the parameters and the state that it was made "
+    "for: make one with this estimator's `init`."
+)
+
+
+def _as_noise(noise: PyTree, draw: NoiseFn, carry: Carry) -> PyTree:
+    """``noise`` in the dtypes of what ``draw`` makes; ValueError for other shapes."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    like = jax.eval_shape(draw, key, carry)
+    if not jax.tree.leaves(like):
+        return noise  # of an estimator that draws none, and looks at none
+    maker, remedy = "what `noise(key, carry)` returns", "Draw it with this `noise`."
+    check_shapes(noise, like, "`noise`", maker, remedy)
+    return jax.tree.map(lambda x, s: jnp.asarray(x, s.dtype), noise, like)
+
+
+def check_shapes(
+    tree: PyTree, like: PyTree, name: str, like_name: str, remedy: str
+) -> None:
+    """Raises ValueError unless both have the same structure and shapes."""
+    got, want = (jax.tree.map(jnp.shape, t) for t in (tree, like))
+    if got != want:
+        raise ValueError(
+            f"{name} must have the structure and shapes of {like_name}, {want}; got "
+            f"{got}. {remedy}"
+        )
 
 
 class Observed(NamedTuple):
@@ -196,10 +290,11 @@ def observe(
     def float_loss(p: PyTree, s: PyTree) -> jax.Array:
         return loss(merge(p, params), merge(s, h_next), y)
 
-    p = floats(params)
+    # Inside shard_map each device has its own estimate, also of parameters they share.
+    p, s = vary_like((floats(params), floats(h)), h_next)
     gradient = jax.value_and_grad(float_loss, argnums=(0, 1))
     value, (direct, delta) = gradient(p, floats(h_next))
-    return Observed(h_next, float_f, p, floats(h), value, direct, delta)
+    return Observed(h_next, float_f, p, s, value, direct, delta)
 
 
 def start(params: PyTree, h0: PyTree) -> PyTree:
@@ -218,10 +313,11 @@ def check_functions(
     check_real(h, "h")
     check_like(jax.eval_shape(f, params, x, h), h, "`f`'s output", "its state `h`")
     value = jax.eval_shape(loss, params, h, y)
-    if getattr(value, "shape", None) != ():
+    scalar = getattr(value, "shape", None) == ()
+    if not scalar or not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(
-            f"`loss(params, h, y)` must return a scalar; got {value}. Take the mean, "
-            "or select the loss if it returns (loss, auxiliary)."
+            f"`loss(params, h, y)` must return a floating-point scalar; got {value}. "
+            "Take the mean, or select the loss if it returns (loss, auxiliary)."
         )
 
 

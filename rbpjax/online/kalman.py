@@ -9,19 +9,30 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
+from rbpjax._core.norm import plain
 from rbpjax._core.step import floats
-from rbpjax.online.estimator import Carry, Estimator, LossFn, OnlineOutput, observe
+from rbpjax.online.estimator import (
+    Carry,
+    Estimator,
+    LossFn,
+    OnlineOutput,
+    checked,
+    observe,
+)
 from rbpjax.online.metric import (
     QuasiDiagonalState,
     Rows,
+    all_finite,
     apply_inverse,
     check_filter,
+    check_rows,
     empty,
     learn,
     newest_share,
+    whitening,
 )
 from rbpjax.online.nobacktrack import Norms, reduce_units
-from rbpjax.online.rank_one import norm, root, state_signs, zero_pair
+from rbpjax.online.rank_one import state_signs, zero_pair
 from rbpjax.types import PyTree, StepFn
 
 
@@ -63,6 +74,9 @@ def kalman_nobacktrack(
     quasi-diagonal metric of ``scale_by_quasi_diagonal`` and s a running mean of δ²,
     both of the past. And ``grads`` is M⁻¹ times the gradient: with the decay as
     step size, a light Kalman filter for the parameters.
+
+    A gradient that is not finite, or whose square is not, is not learnt: it is lost,
+    with the direction of its step, and nothing else.
 
     The gradient inside is unbiased at fixed parameters, as ``nobacktrack``'s. The
     direction is not an unbiased estimate of M⁻¹ times the true gradient, because M
@@ -119,6 +133,10 @@ def kalman_nobacktrack(
     check_filter(decay, damping)
 
     def init(params: PyTree, h0: PyTree) -> Carry:
+        check_rows(rows, floats(params))
+        return blank(params, h0)
+
+    def blank(params: PyTree, h0: PyTree) -> Carry:
         carry = zero_pair(params, h0)
         unseen = optax.tree.zeros_like(floats(carry.h))
         return carry._replace(metric=Metric(empty(rows, floats(params)), unseen))
@@ -134,21 +152,27 @@ def kalman_nobacktrack(
             lambda s: jnp.sqrt(1 + s / jnp.where(mean > 0, mean, 1)), seen
         )
 
-        def params_norm(w: PyTree) -> jax.Array:
-            solved = apply_inverse(rows, learnt.metric, w, damping)
-            return root(optax.tree.vdot(w, solved))
-
-        norms = Norms(lambda v: norm(optax.tree.mul(v, units)), params_norm, units)
+        white = whitening(rows, learnt.metric, damping)
+        norms = Norms(
+            state=lambda v: optax.tree.mul(v, units),
+            params=white,
+            row=lambda row: plain(white(row)),
+            units=units,
+        )
         influence, grads = reduce_units(here, carry.influence, noise, norms, None)
 
         new = learn(decay, rows, learnt, grads)
         used = new if include_current else learnt
         direction = apply_inverse(rows, used.metric, grads, damping)
         gamma = newest_share(decay, learnt.count)
+        squares = jax.tree.map(jnp.square, here.delta)
+        known = all_finite(squares)
         seen = jax.tree.map(
-            lambda s, d: s + gamma.astype(s.dtype) * (d**2 - s), seen, here.delta
+            lambda s, d: jnp.where(known, s + gamma.astype(s.dtype) * (d - s), s),
+            seen,
+            squares,
         )
         carry = Carry(here.h_next, influence, Metric(new, seen))
         return carry, OnlineOutput(here.loss, direction)
 
-    return Estimator(init, state_signs, step)
+    return checked(init, state_signs, step, blank)

@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rbpjax._core.norm import plain, root
+from rbpjax._core.tree import axpy, scale
+from rbpjax.online.balance import scales
 from rbpjax.online.cell import (
     PreactivationCell,
     check_cell,
@@ -19,10 +22,10 @@ from rbpjax.online.estimator import (
     Estimator,
     LossFn,
     OnlineOutput,
+    checked,
     observe,
     start,
 )
-from rbpjax.online.rank_one import balance, norm
 from rbpjax.types import PyTree
 
 
@@ -117,32 +120,39 @@ def kf_rtrl(cell: PreactivationCell, loss: LossFn) -> Estimator:
     ) -> tuple[Carry, OnlineOutput]:
         u, a = carry.influence
         here = observe(cell, loss, params, carry.h, x, y)
-        inside = unit_jacobians(cell, params, x, carry.h)
-        treedef = jax.tree.structure(carry.h)
+        inside = jax.tree.map(
+            lambda j: j.astype(a.dtype), unit_jacobians(cell, params, x, carry.h)
+        )
 
         def push(column: jax.Array) -> jax.Array:  # one column of J A
-            tangent = treedef.unflatten(list(column))
+            leaves, treedef = jax.tree.flatten(carry.h)
+            parts = [c.astype(s.dtype) for c, s in zip(column, leaves, strict=True)]
+            tangent = treedef.unflatten(parts)
             _, out = jax.jvp(lambda s: cell(params, x, s), (carry.h,), (tangent,))
-            return jnp.stack(jax.tree.leaves(out))
+            return jnp.stack(jax.tree.leaves(out)).astype(a.dtype)
 
         ja = jax.vmap(jax.vmap(push, -1, -1), -1, -1)(a)
         units = jnp.arange(a.shape[1])
         by_unit = jnp.swapaxes(inside.gates, 0, 1)
         d = jnp.zeros_like(a).at[:, units, :, units].set(by_unit)
 
-        delta = jnp.stack(jax.tree.leaves(here.delta))
+        delta = jnp.stack(jax.tree.leaves(here.delta)).astype(a.dtype)
         kernel_grad = jnp.einsum("si,siaj,k->ajk", delta, ja, u) + jnp.einsum(
             "si,sia,k->aik", delta, inside.gates, inside.features
         )
         past_and_last = kernel_to_params(cell, params, kernel_grad)
         grads = optax.tree.add(here.direct, past_and_last)
 
-        p1 = balance(norm(u), norm(ja))
-        p2 = balance(norm(inside.features), norm(inside.gates))
+        # No care for magnitudes: those of the parameters are not in here, and those of
+        # states and inputs are what the loss squares too.
+        p1, p2 = scales(
+            [root(plain(x)) for x in (u, inside.features)],
+            [root(plain(x)) for x in (ja, inside.gates)],
+        )
         influence = Kronecker(
-            noise[0] * p1 * u + noise[1] * p2 * inside.features,
-            noise[0] / p1 * ja + noise[1] / p2 * d,
+            axpy(noise[0] * p1, u, scale(noise[1] * p2, inside.features)),
+            axpy(noise[0] / p1, ja, scale(noise[1] / p2, d)),
         )
         return Carry(here.h_next, influence), OnlineOutput(here.loss, grads)
 
-    return Estimator(init, noise, step)
+    return checked(init, noise, step)

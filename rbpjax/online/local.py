@@ -20,6 +20,7 @@ from rbpjax.online.estimator import (
     Estimator,
     LossFn,
     OnlineOutput,
+    checked,
     no_noise,
     observe,
     start,
@@ -84,7 +85,9 @@ def snap1(cell: PreactivationCell, loss: LossFn) -> Estimator:
         leaves, treedef = jax.tree.flatten(h)
 
         def features(stacked: jax.Array) -> jax.Array:
-            return cell.features(x, treedef.unflatten(list(stacked)))
+            rows = zip(stacked, leaves, strict=True)
+            parts = [row.astype(leaf.dtype) for row, leaf in rows]
+            return cell.features(x, treedef.unflatten(parts))
 
         across = jax.jacfwd(features)(jnp.stack(leaves))  # [k, S, n]
         to_gates = jnp.einsum("aik,ksi->asi", cell.kernel(params), across)
@@ -167,15 +170,17 @@ def local_influence(
     ) -> tuple[Carry, OnlineOutput]:
         del noise
         here = observe(cell, loss, params, carry.h, x, y)
-        inside = unit_jacobians(cell, params, x, carry.h)
+        dtype = carry.influence.dtype
+        cast = lambda j: j.astype(dtype)
+        inside = jax.tree.map(cast, unit_jacobians(cell, params, x, carry.h))
         own = self_jacobian(params, x, carry.h, inside)
-        influence = jnp.einsum("tsi,saik->taik", own, carry.influence) + jnp.einsum(
-            "tia,k->taik", inside.gates, inside.features
-        )
-        delta = jnp.stack(jax.tree.leaves(here.delta))
+        influence = jnp.einsum(
+            "tsi,saik->taik", cast(own), carry.influence
+        ) + jnp.einsum("tia,k->taik", inside.gates, inside.features)
+        delta = cast(jnp.stack(jax.tree.leaves(here.delta)))
         kernel_grad = jnp.einsum("ti,taik->aik", delta, influence)
         total = kernel_to_params(cell, params, kernel_grad)
         out = OnlineOutput(here.loss, optax.tree.add(here.direct, total))
         return Carry(here.h_next, influence), out
 
-    return Estimator(init, no_noise, step)
+    return checked(init, no_noise, step)

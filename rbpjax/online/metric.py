@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from rbpjax.online.estimator import check_positive
@@ -64,6 +65,17 @@ def solve(metric: QuasiDiagonal, rows: jax.Array, damping: float) -> jax.Array:
     return jnp.concatenate([first[:, None], weights], axis=1)
 
 
+def whiten(
+    metric: QuasiDiagonal, damping: float
+) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+    """A map of rows g to two parts, whose squares sum to gᵀd for the d of ``solve``."""
+    bias = metric.bias + damping
+    ratio = metric.cross / bias[:, None]
+    schur = jnp.maximum(metric.weights + damping - ratio * metric.cross, damping)
+    first, others = jax.lax.rsqrt(bias), jax.lax.rsqrt(schur)
+    return lambda g: (g[:, 0] * first, (g[:, 1:] - ratio * g[:, :1]) * others)
+
+
 class QuasiDiagonalState(NamedTuple):
     """State of ``scale_by_quasi_diagonal``.
 
@@ -97,6 +109,9 @@ def scale_by_quasi_diagonal(
 
         M ← (1 - γₜ) M + γₜ g gᵀ,    γₜ = max(γ, 1 / (t+1)).
 
+    A gradient that is not finite, or whose square is not (in float32 from 1.8e19, in
+    float16 from 256), is not learnt: one bad step does not spoil the next.
+
     Used as online natural gradient θ ← θ - γₜ M⁻¹ g, this is an extended Kalman
     filter for a constant parameter with forgetting γ, in which the step size *is* the
     decay of the metric; chain with a learning rate for that (see the example).
@@ -118,8 +133,8 @@ def scale_by_quasi_diagonal(
       An ``optax.GradientTransformation``; its state is a ``QuasiDiagonalState``.
 
     Raises:
-      ValueError: ``decay`` or ``damping`` out of range, or ``rows`` does not use every
-        number once.
+      ValueError: ``decay`` or ``damping`` out of range; from ``init``, if ``rows`` does
+        not use every number exactly once, as far as it can be run on numbers there.
 
     Example:
       >>> import jax.numpy as jnp
@@ -143,6 +158,7 @@ def scale_by_quasi_diagonal(
     check_filter(decay, damping)
 
     def init(params: PyTree) -> QuasiDiagonalState:
+        check_rows(rows, params)
         return empty(rows, params)
 
     def update(
@@ -178,16 +194,19 @@ def learn(
 ) -> QuasiDiagonalState:
     """Mixes the outer products of the gradient ``tree`` into the metric."""
     gamma = newest_share(decay, state.count)
+    new = jax.tree.map(outer, _arrange(rows, tree))
+    known = all_finite(new)
+    mix = lambda old, new: old + gamma.astype(old.dtype) * (new - old)
+    metric = jax.tree.map(
+        lambda old, new: jnp.where(known, mix(old, new), old), state.metric, new
+    )
+    return QuasiDiagonalState(state.count + known.astype(jnp.int32), metric)
 
-    def mix(g: jax.Array, metric: QuasiDiagonal) -> QuasiDiagonal:
-        return jax.tree.map(
-            lambda old, new: old + gamma.astype(old.dtype) * (new - old),
-            metric,
-            outer(g),
-        )
 
-    metric = jax.tree.map(mix, _arrange(rows, tree), state.metric)
-    return QuasiDiagonalState(state.count + 1, metric)
+def all_finite(tree: PyTree) -> jax.Array:
+    """Whether all numbers of ``tree`` are finite."""
+    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(leaves))
 
 
 def apply_inverse(
@@ -199,6 +218,51 @@ def apply_inverse(
     # A rearrangement is orthogonal: its transpose is its inverse.
     (result,) = back(solved)
     return result
+
+
+def whitening(
+    rows: Rows | None, metric: PyTree, damping: float
+) -> Callable[[PyTree], PyTree]:
+    """Maps a tree to one whose norm is the tree's in the metric (M + damping)⁻¹."""
+    is_metric = lambda node: isinstance(node, QuasiDiagonal)
+    maps = [whiten(m, damping) for m in jax.tree.leaves(metric, is_leaf=is_metric)]
+
+    def white(tree: PyTree) -> PyTree:
+        matrices = jax.tree.leaves(_arrange(rows, tree))
+        return [one(g) for one, g in zip(maps, matrices, strict=True)]
+
+    return white
+
+
+def check_rows(rows: Rows | None, params: PyTree) -> None:
+    """Raises ValueError unless ``rows`` uses every number exactly once.
+
+    It arranges the numbers 0, 1, … in the place of the parameters, while tracing.
+    """
+    if rows is None:
+        return
+    leaves, structure = jax.tree.flatten(params)
+    sizes = [np.size(leaf) for leaf in leaves]
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    with jax.ensure_compile_time_eval():
+        places = [
+            jnp.arange(first, first + size).reshape(np.shape(leaf))
+            for first, size, leaf in zip(starts, sizes, leaves, strict=False)
+        ]
+        matrices = jax.tree.leaves(_arrange(rows, structure.unflatten(places)))
+    if any(isinstance(m, jax.core.Tracer) for m in matrices):
+        return  # it uses what is not known yet
+    used = np.concatenate([np.ravel(m) for m in matrices]).astype(np.int64)
+    times = np.bincount(used.clip(0, starts[-1]), minlength=starts[-1])
+    paths = [jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(params)]
+    for path, first, size in zip(paths, starts, sizes, strict=False):
+        mine = times[first : first + size]
+        if np.any(mine != 1):
+            raise ValueError(
+                "`rows(params)` must arrange every parameter exactly once; those at "
+                f"params{path} are used {mine.min()} to {mine.max()} times. It is a "
+                "rearrangement: concatenate, reshape and transpose, and leave none out."
+            )
 
 
 def _arrange(rows: Rows | None, tree: PyTree) -> PyTree:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,19 +11,22 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
+from rbpjax._core.norm import norm
+from rbpjax._core.sharding import vary_like
 from rbpjax._core.tree import axpy
+from rbpjax.online.balance import Factors, balance
 from rbpjax.online.estimator import (
     Carry,
     Estimator,
     LossFn,
     Observed,
     OnlineOutput,
+    check_shapes,
+    checked,
     observe,
 )
 from rbpjax.online.rank_one import (
     RankOne,
-    balance,
-    norm,
     push,
     state_signs,
     zero_pair,
@@ -53,7 +57,8 @@ def nobacktrack(
 
     1. The last step enters as the exact δ F, which has less variance than reading the
        gradient from the new pair.
-    2. ε = 1e-7 is added to both norms of a scale, so that it is 1 where both vanish.
+    2. No ε is added to the norms of a scale: it is relative to the other norms of the
+       step where one of them vanishes, as in ``uoro``.
 
     Cost: one step, one JVP and n + 2 VJPs, O(n P), one row at a time; with
     ``row_norms`` 2 VJPs, O(n² + P), as the paper promises. Memory one state and one
@@ -98,24 +103,30 @@ def nobacktrack(
     ) -> tuple[Carry, OnlineOutput]:
         here = observe(f, loss, params, carry.h, x, y)
         known = None if row_norms is None else row_norms(params, x, carry.h)
-        norms = Norms(norm, norm, optax.tree.ones_like(here.h))
+        same = lambda tree: tree
+        norms = Norms(same, same, norm, optax.tree.ones_like(here.h))
+        if known is not None:
+            remedy = "It returns one norm for each unit."
+            check_shapes(known, here.h, "`row_norms`' output", "the state", remedy)
         influence, grads = reduce_units(here, carry.influence, noise, norms, known)
         return Carry(here.h_next, influence), OnlineOutput(here.loss, grads)
 
-    return Estimator(zero_pair, state_signs, step)
+    return checked(zero_pair, state_signs, step)
 
 
 class Norms(NamedTuple):
     """The norms in which the variance of the reduction is minimal.
 
     Attributes:
-      state: the norm of a state.
-      params: the norm of a gradient.
+      state: makes of a state a pytree whose Euclidean norm is that of the state.
+      params: the same for a gradient.
+      row: the norm of a gradient.
       units: the norms of the unit vectors eᵢ in the state's norm, like a state.
     """
 
-    state: Callable[[PyTree], jax.Array]
-    params: Callable[[PyTree], jax.Array]
+    state: Callable[[PyTree], PyTree]
+    params: Callable[[PyTree], PyTree]
+    row: Callable[[PyTree], jax.Array]
     units: PyTree
 
 
@@ -130,13 +141,27 @@ def reduce_units(
 
         def row_norm(i: jax.Array) -> jax.Array:
             unit = unravel(jax.nn.one_hot(i, flat_h.size, dtype=flat_h.dtype))
-            return norms.params(vjp(unit))
+            return norms.row(vjp(vary_like(unit, here.h)))
 
         # One row after another keeps the memory at one parameter tree.
         rows = jax.lax.map(row_norm, jnp.arange(flat_h.size))
-        known = unravel(rows.astype(flat_h.dtype))
-    rho = jax.tree.map(balance, norms.units, known)
-    rho0 = balance(norms.state(jv), norms.params(pair.w))
-    sum_rows = vjp(jax.tree.map(jnp.divide, signs, rho))
-    v = axpy(rho0, jv, jax.tree.map(jnp.multiply, signs, rho))
+        known = _split(rows, here.h)  # not `unravel`, which would round them
+    (rho0,), rho = balance(
+        Factors((norms.state(jv),), norms.units),
+        Factors((norms.params(pair.w),), known),
+    )
+    like = lambda x, s: x.astype(s.dtype)
+    sum_rows = vjp(jax.tree.map(lambda s, r: like(s / r, s), signs, rho))
+    noise = jax.tree.map(lambda s, r: like(s * r, s), signs, rho)
+    v = axpy(rho0, jv, noise)
     return RankOne(v, axpy(1 / rho0, pair.w, sum_rows)), grads
+
+
+def _split(flat: jax.Array, like: PyTree) -> PyTree:
+    """A vector as a pytree with the shapes of ``like``, and its own dtype."""
+    leaves, structure = jax.tree.flatten(like)
+    ends = list(itertools.accumulate(leaf.size for leaf in leaves))
+    parts = jnp.split(flat, ends[:-1])
+    return structure.unflatten(
+        [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+    )

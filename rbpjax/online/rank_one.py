@@ -14,18 +14,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
-from jax.typing import ArrayLike
 
 from rbpjax._core.products import jvp
 from rbpjax._core.step import floats
-from rbpjax._core.tree import axpy
+from rbpjax._core.tree import axpy, vdot
 from rbpjax.online.estimator import Carry, Observed, start
 from rbpjax.types import PyTree
 
 __all__ = ["RankOne", "all_signs", "reduce", "scales", "variance"]
-
-EPSILON = 1e-7
-"""Added to both norms of a scale, so that zero vectors need no branch."""
 
 
 class RankOne(NamedTuple):
@@ -245,27 +241,6 @@ def push(here: Observed, pair: RankOne) -> Pushed:
     _, vjp = jax.vjp(lambda p: here.f(p, here.h), here.params)
     _, jv = jvp(lambda s: here.f(here.params, s), here.h, pair.v)
     (last,) = vjp(here.delta)
-    past = jnp.asarray(optax.tree.vdot(here.delta, jv))  # δ J v without the VJP in h
+    past = vdot(here.delta, jv)  # δ J v without the VJP in h
     grads = axpy(past, pair.w, optax.tree.add(here.direct, last))
     return Pushed(jv, lambda c: vjp(c)[0], grads)
-
-
-def balance(v_norm: jax.Array, w_norm: jax.Array) -> jax.Array:
-    """The scale ρ = √(‖w‖/‖v‖), after which ρv and w/ρ have equal norms.
-
-    With ``EPSILON`` on both sides the scale is 1 where both vanish, and stays finite
-    where one does. Any positive scale leaves the estimate unbiased.
-    """
-    return jnp.sqrt((w_norm + EPSILON) / (v_norm + EPSILON))
-
-
-def norm(tree: PyTree) -> jax.Array:
-    """The Euclidean norm of all numbers of ``tree``."""
-    return root(optax.tree.norm(tree, squared=True))
-
-
-def root(square: ArrayLike) -> jax.Array:
-    """√, with derivative 0 at 0: the first pair is zero, and √' infinite there."""
-    square = jnp.asarray(square)
-    zero = square == 0  # not `> 0`, which would hide a nan
-    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square)))

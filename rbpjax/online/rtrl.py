@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
+from rbpjax._core.sharding import vary_like
 from rbpjax._core.step import floats
 from rbpjax.online.estimator import (
     Carry,
     Estimator,
     LossFn,
     OnlineOutput,
+    checked,
     no_noise,
     observe,
     start,
@@ -79,8 +81,9 @@ def rtrl(f: StepFn, loss: LossFn) -> Estimator:
         del noise
         here = observe(f, loss, params, carry.h, x, y)
         flat_h, unravel = ravel_pytree(here.h)
-        _, vjp = jax.vjp(here.f, here.params, here.h)
+        out, vjp = jax.vjp(here.f, here.params, here.h)
         basis = jax.vmap(unravel)(jnp.eye(flat_h.size, dtype=flat_h.dtype))
+        basis = vary_like(basis, out)
         immediate, rows = jax.vmap(vjp)(basis)
         jacobian = jax.vmap(lambda row: ravel_pytree(row)[0])(rows)
 
@@ -96,4 +99,4 @@ def rtrl(f: StepFn, loss: LossFn) -> Estimator:
         out = OnlineOutput(here.loss, optax.tree.add(here.direct, total))
         return Carry(here.h_next, influence), out
 
-    return Estimator(init, no_noise, step)
+    return checked(init, no_noise, step)

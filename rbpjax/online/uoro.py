@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import optax
-
-from rbpjax._core.tree import axpy
-from rbpjax.online.estimator import Carry, Estimator, LossFn, OnlineOutput, observe
+from rbpjax._core.tree import axpy, scale
+from rbpjax.online.balance import Factors, balance
+from rbpjax.online.estimator import (
+    Carry,
+    Estimator,
+    LossFn,
+    OnlineOutput,
+    checked,
+    observe,
+)
 from rbpjax.online.rank_one import (
     RankOne,
-    balance,
-    norm,
     push,
     state_signs,
     zero_pair,
@@ -38,12 +42,14 @@ def uoro(f: StepFn, loss: LossFn) -> Estimator:
 
     1. J v is an exact JVP, not a finite difference, which would be biased (badly so
        in float32).
-    2. ε = 1e-7 is added to both norms of a scale, so that it is 1 where both vanish.
+    2. No ε is added to the norms of a scale: it is relative to the other norms of the
+       step where one of them vanishes. In any units of parameters, state and loss the
+       estimate is the same, scaled.
 
-    Cost: one step, one JVP, two VJPs in the parameters; memory one state and one
-    parameter tree, whatever the length of the run. Works under ``jit``, ``vmap`` and
-    ``scan``. A run can be differentiated in forward and reverse mode; reverse mode
-    stores its history.
+    Cost: one step, one JVP, two VJPs in the parameters, some passes over the
+    parameters; memory one state and one parameter tree, whatever the length of the
+    run. Works under ``jit``, ``vmap`` and ``scan``. A run can be differentiated in
+    forward and reverse mode; reverse mode stores its history.
 
     Args:
       f: step function ``f(params, x, h) -> h``; any pytrees.
@@ -89,12 +95,11 @@ def uoro(f: StepFn, loss: LossFn) -> Estimator:
         w, nu_f = carry.influence.w, vjp(noise)
         # One scale for each outer product: w may not be scaled leaf by leaf. That ρ₁
         # sees the present signs does no harm, since it is even in them.
-        rho0 = balance(norm(jv), norm(w))
-        rho1 = balance(norm(noise), norm(nu_f))
+        rho0, rho1 = balance(Factors((jv, noise)), Factors((w, nu_f))).vectors
         influence = RankOne(
-            axpy(rho0, jv, optax.tree.scale(rho1, noise)),
-            axpy(1 / rho0, w, optax.tree.scale(1 / rho1, nu_f)),
+            axpy(rho0, jv, scale(rho1, noise)),
+            axpy(1 / rho0, w, scale(1 / rho1, nu_f)),
         )
         return Carry(here.h_next, influence), OnlineOutput(here.loss, grads)
 
-    return Estimator(zero_pair, state_signs, step)
+    return checked(zero_pair, state_signs, step)

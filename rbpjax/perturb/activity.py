@@ -13,7 +13,7 @@ from rbpjax.perturb.credit import Credit, causal, instant
 from rbpjax.perturb.difference import Difference, OneSided
 from rbpjax.perturb.node import Derivative, credited, credits
 from rbpjax.perturb.noise import Noise, rademacher
-from rbpjax.perturb.norm import Norm, per_layer_step
+from rbpjax.perturb.norm import Norm, check_blocks, per_layer_step
 from rbpjax.perturb.samples import check_chunk
 from rbpjax.types import PyTree
 
@@ -124,7 +124,9 @@ class ActivityPerturbation:
         blocks = lambda a: a.shape[1:3] if batched else a.shape[1:2]
         rows = [a.reshape(len(a), math.prod(blocks(a)), -1) for a in leaves]
         made = []
-        for a, (square, size) in zip(leaves, norm(rows), strict=True):
+        found = norm(rows)
+        check_blocks(found, rows)
+        for a, (square, size) in zip(leaves, found, strict=True):
             scale = self.scale(size) if callable(self.scale) else self.scale
             # Where nothing moved there is nothing to credit, rather than 0/0.
             factor = jnp.where(square > 0, scale / jnp.where(square > 0, square, 1), 0)

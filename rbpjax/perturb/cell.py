@@ -135,7 +135,14 @@ class DenseCell:
     ) -> dict[str, jax.Array]:
         """Weight gradients from node errors: Σ_t e_tᵀ x_t, one product a matrix."""
         del params
-        outer = lambda e, x: e.reshape(-1, e.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+
+        def outer(e: jax.Array, x: jax.Array) -> jax.Array:
+            x = jnp.broadcast_to(x, (*e.shape[:-1], x.shape[-1]))
+            return e.reshape(-1, e.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+
+        # Of inputs that all examples share there is one row a step.
+        axes = tuple(range(1, 1 + errors.recurrent.ndim - inputs.ndim))
+        inputs = jnp.expand_dims(inputs, axes)
         return {
             "input": outer(errors.recurrent, inputs),
             "recurrent": outer(errors.recurrent, before),

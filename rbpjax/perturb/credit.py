@@ -26,6 +26,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from rbpjax._core.sharding import vary_like
 from rbpjax._core.strategy import real, strategy
 
 __all__ = ["Credit", "Trace", "causal", "instant", "total"]
@@ -106,7 +107,8 @@ class Trace:
 
     The sum that an eligibility trace E_t = decay E_{t-1} + ξ_t makes when it is paid
     δL_t at every step. ``Trace(decay=0)`` is ``instant``, ``Trace(decay=1)`` is
-    ``causal``. Between them the gradient estimated is that of neither.
+    ``causal``. Between them the gradient estimated is that of neither. A change that is
+    not finite spoils the credits of its own step and of those before it only.
 
     Attributes:
       decay: discount a step, in [0, 1].
@@ -129,9 +131,12 @@ class Trace:
 
     def __call__(self, delta: jax.Array) -> jax.Array:
         """Returns the credits, ``[T, …]``."""
+        if self.decay == 0:  # 0 times a loss that is not finite would not be 0
+            return delta
 
         def body(later: jax.Array, now: jax.Array) -> tuple[jax.Array, jax.Array]:
             later = now + self.decay * later
             return later, later
 
-        return jax.lax.scan(body, 0 * delta[0], delta, reverse=True)[1]
+        nothing = vary_like(jnp.zeros(delta.shape[1:], delta.dtype), delta)
+        return jax.lax.scan(body, nothing, delta, reverse=True)[1]

@@ -12,7 +12,7 @@ from rbpjax.perturb.cell import Nodes
 from rbpjax.perturb.credit import Credit, causal, instant
 from rbpjax.perturb.difference import Difference, OneSided
 from rbpjax.perturb.noise import Noise, rademacher
-from rbpjax.perturb.samples import check_chunk
+from rbpjax.perturb.samples import check_chunk, check_result
 from rbpjax.types import PyTree
 
 Derivative = Callable[[bool], tuple[jax.Array, PyTree]]
@@ -106,11 +106,18 @@ class _Credited(Protocol):
 def credits(rule: _Credited, delta: jax.Array, like: PyTree) -> PyTree:
     """For each leaf of nodes its credits, by step, sample and example."""
     fill = lambda credit, nodes: jax.tree.map(lambda _: credit, nodes)
-    recurrent = rule.credit(delta)
+    recurrent = credited_with(rule.credit, "credit", delta)
     if not isinstance(like, Nodes):
         return fill(recurrent, like)
-    readout = rule.readout_credit(delta)
+    readout = credited_with(rule.readout_credit, "readout_credit", delta)
     return Nodes(fill(recurrent, like.recurrent), fill(readout, like.readout))
+
+
+def credited_with(credit: Credit, name: str, delta: jax.Array) -> jax.Array:
+    """``credit(delta)``; ValueError if it has another shape."""
+    made = credit(delta)
+    check_result(made, delta, f"{name}(delta)")
+    return made
 
 
 def credited(credits: PyTree, nodes: PyTree, like: PyTree) -> PyTree:

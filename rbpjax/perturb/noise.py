@@ -189,7 +189,10 @@ def orthonormal(
       Choromanski et al., "Structured Evolution with Compact Architectures for Scalable
       Policy Optimization", ICML 2018.
     """
-    return jax.random.orthogonal(key, size, dtype=dtype)[indices % size] * size**0.5
+    half = jnp.finfo(dtype).bits < 32  # in which there is no QR
+    wide = jnp.float32 if half else dtype
+    frame = jax.random.orthogonal(key, size, dtype=wide)[indices % size] * size**0.5
+    return frame.astype(dtype)
 
 
 def coordinate(

@@ -98,3 +98,20 @@ def per_sequence(leaves: Sequence[jax.Array]) -> Blocks:
     """
     blocks = per_step(leaves)
     return [(jnp.sum(s, axis=0, keepdims=True), n * len(s)) for s, n in blocks]
+
+
+def check_blocks(blocks: Blocks, leaves: Sequence[jax.Array]) -> None:
+    """Raises ValueError unless a norm has returned what it should."""
+    shapes = [jnp.shape(square) for square, _ in blocks]
+    fit = [
+        shape in ((steps, examples, 1), (1, examples, 1))
+        for shape, (steps, examples, _) in zip(
+            shapes, (a.shape for a in leaves), strict=False
+        )
+    ]
+    if len(shapes) != len(leaves) or not all(fit):
+        raise ValueError(
+            "`norm(leaves)` must return a pair for each leaf, (squares [T or 1, "
+            f"examples, 1], number of entries); got squares of shapes {shapes} for "
+            f"leaves of shapes {[a.shape for a in leaves]}."
+        )

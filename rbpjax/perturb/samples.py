@@ -49,6 +49,37 @@ def mean_over_samples(
     return jax.tree.map(lambda s: s / num_samples, sums)
 
 
+def draw(
+    noise: Callable[..., jax.Array],
+    key: jax.Array,
+    indices: jax.Array,
+    size: int,
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """Directions ``[samples, size]``; ValueError if ``noise`` makes anything else."""
+    vectors = noise(key, indices, size, dtype)
+    want, got = (len(indices), size), getattr(vectors, "shape", None)
+    if got != want or not _is_real(vectors.dtype):
+        shown = vectors if got is None else f"{vectors.dtype}{list(got)}"
+        raise ValueError(
+            "`noise(key, indices, size, dtype)` must return real numbers [samples, "
+            f"size], here {list(want)}; got {shown}."
+        )
+    return vectors
+
+
+def _is_real(dtype: jnp.dtype) -> bool:
+    real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+    return bool(real)
+
+
+def check_result(made: PyTree, like: PyTree, call: str) -> None:
+    """Raises ValueError unless what a rule's callable made is shaped as ``like``."""
+    got, want = (jax.tree.map(jnp.shape, tree) for tree in (made, like))
+    if got != want:
+        raise ValueError(f"`{call}` must return arrays of shapes {want}; got {got}.")
+
+
 def size_of(tree: PyTree) -> int:
     """Number of entries of all leaves."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
@@ -71,11 +102,8 @@ def unflatten(flat: jax.Array, like: PyTree) -> PyTree:
 
 def scaled(amount: jax.typing.ArrayLike, direction: PyTree, like: PyTree) -> PyTree:
     """``amount * direction`` in the dtypes of ``like``."""
-    return jax.tree.map(
-        lambda v, leaf: (amount * v.astype(leaf.dtype)).astype(leaf.dtype),
-        direction,
-        like,
-    )
+    by = lambda leaf: jnp.asarray(amount).astype(leaf.dtype)
+    return jax.tree.map(lambda v, u: by(u) * v.astype(u.dtype), direction, like)
 
 
 def weighted_sum(weights: jax.Array, trees: PyTree, like: PyTree) -> PyTree:

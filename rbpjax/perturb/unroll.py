@@ -62,7 +62,7 @@ def unroll(
       A ``Trajectory``.
 
     Raises:
-      ValueError: the cell does not keep to its contract.
+      ValueError: the cell does not keep to its contract, or ``inputs`` has no steps.
 
     Example:
       >>> import jax.numpy as jnp
@@ -78,6 +78,8 @@ def unroll(
       García Fernández, Keemink, van Gerven, "Gradient-Free Training of Recurrent
       Neural Networks using Random Perturbations", https://arxiv.org/abs/2405.08967.
     """
+    inputs, h0 = jax.tree.map(jnp.asarray, (inputs, h0))
+    check_length(inputs, ())
     if noise is None:
         noise = no_noise(cell, params, inputs, h0)
 
@@ -124,13 +126,25 @@ class Run(NamedTuple):
         return jax.lax.scan(body, self.h0, data)[1]
 
 
-def no_noise(cell: Cell, params: PyTree, inputs: PyTree, h0: PyTree) -> PyTree:
-    """No noise, for all steps."""
-    leaves = jax.tree.leaves(inputs)
-    if not leaves:
+def check_length(inputs: PyTree, targets: PyTree) -> None:
+    """Raises ValueError unless all leaves have one time axis of at least one step."""
+    if not jax.tree.leaves(inputs):
         raise ValueError(
             "`inputs` has no leaves: its leading axis is what counts steps."
         )
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves((inputs, targets))]
+    lengths = {shape[:1] for shape in shapes}
+    if len(lengths) != 1 or lengths <= {(), (0,)}:
+        raise ValueError(
+            "`inputs` and `targets` must be sequences, with one leading time axis for "
+            "all of their leaves and at least one step; got leaves of shapes "
+            f"{shapes}."
+        )
+
+
+def no_noise(cell: Cell, params: PyTree, inputs: PyTree, h0: PyTree) -> PyTree:
+    """No noise, for all steps."""
+    leaves = jax.tree.leaves(inputs)
     x = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), inputs)
     nodes = nodes_like(cell, params, x, h0)
     return jax.tree.map(lambda n: jnp.zeros((len(leaves[0]), *n.shape), n.dtype), nodes)

@@ -8,12 +8,14 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
+from rbpjax._core.keys import check_key
 from rbpjax._core.strategy import count, function, real, strategy, switch
 from rbpjax.perturb.credit import Credit, causal
-from rbpjax.perturb.difference import Difference, OneSided
+from rbpjax.perturb.difference import Difference, OneSided, sized, slopes
 from rbpjax.perturb.noise import Noise, rademacher
 from rbpjax.perturb.samples import (
     check_chunk,
+    draw,
     mean_over_samples,
     scaled,
     size_of,
@@ -122,8 +124,9 @@ def value_and_grad(
 
     Raises:
       ValueError: ``rule`` is no ``WeightPerturbation`` or draws at every step; when
-        called, if ``loss`` returns no scalar or a leaf of ``params`` is not
-        floating-point.
+        called, if ``key`` is no PRNG key, ``loss`` returns no floating-point scalar, a
+        leaf of ``params`` is not floating-point, or a callable of the rule does not
+        return the shapes that it should.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -152,13 +155,16 @@ def value_and_grad(
     def estimate(
         key: jax.Array, params: PyTree, *args: PyTree, **kwargs: PyTree
     ) -> tuple[PyTree, PyTree]:
+        check_key(key)
         params = check_params(params)
         full = lambda p: loss(p, *args, **kwargs)
         scalar = (lambda p: full(p)[0]) if has_aux else full
         shape = jax.eval_shape(scalar, params)
-        if getattr(shape, "shape", None) != ():
+        scalar_shape = getattr(shape, "shape", None) == ()
+        if not scalar_shape or not jnp.issubdtype(shape.dtype, jnp.floating):
             raise ValueError(
-                f"`loss` must return a scalar; got {shape}. Take the mean, or say "
+                "`loss` must return a scalar, a floating-point one; got "
+                f"{shape}. Take the mean, or say "
                 "has_aux=True if it returns (loss, auxiliary)."
             )
         result = full(params)
@@ -177,16 +183,17 @@ def weight_gradient(
 ) -> PyTree:
     """The estimate for the sum of ``losses(params)``, which is ``clean`` there."""
     size, dtype = size_of(params), widest(params)
+    difference = sized(rule.difference, params)
 
     def slope(direction: PyTree) -> jax.Array:
         move = lambda s: jax.tree.map(jnp.add, params, scaled(s, direction, params))
-        return jnp.sum(rule.difference(lambda s: losses(move(s)), clean))
+        return jnp.sum(slopes(difference, lambda s: losses(move(s)), clean))
 
     def chunk(indices: jax.Array) -> PyTree:
-        flat = rule.noise(key, indices, size, dtype)
+        flat = draw(rule.noise, key, indices, size, dtype)
         directions = jax.vmap(lambda v: unflatten(v, params))(flat)
-        slopes = rule.scale * jax.vmap(slope)(directions)
-        return weighted_sum(slopes, directions, params)
+        weights = rule.scale * jax.vmap(slope)(directions)
+        return weighted_sum(weights, directions, params)
 
     return mean_over_samples(chunk, rule.num_samples, rule.chunk)
 

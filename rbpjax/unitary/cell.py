@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rbpjax._core.keys import check_key
 from rbpjax._core.strategy import REQUIRED, count, option, strategy, switch
 from rbpjax.unitary.activation import Activation, saturate
 from rbpjax.unitary.kernel import FourierKernel, conv_exp
@@ -165,8 +166,10 @@ class UnitaryCell:
           `CellWeights`; encoder and decoder are normalised to keep unit variance.
 
         Raises:
-          ValueError: if ``radius`` is no Python int of at least 0.
+          ValueError: if ``radius`` is no Python int of at least 0, or ``key`` no PRNG
+            key.
         """
+        check_key(key)
         if isinstance(radius, bool) or not isinstance(radius, int) or radius < 0:
             raise ValueError(
                 f"`radius` must be a Python int of at least 0; got {radius!r}."
@@ -217,8 +220,12 @@ class UnitaryCell:
           The next field, like ``h``.
 
         Raises:
-          ValueError: if the shape or the precision of ``h`` is not the kernel's.
+          ValueError: if ``params`` is not what `prepare` returns, the shape or the
+            precision of ``h`` is not the kernel's, ``inputs`` are neither of the
+            encoder's size nor a field (of the cell's own shape), or complex for a real
+            cell.
         """
+        self._check(params, h)
         return self.activation(params.kernel(h) + self._drive(params, inputs))
 
     def inverse(
@@ -234,6 +241,7 @@ class UnitaryCell:
                 f"{self.activation!r} has no inverse, so the states cannot be "
                 "recomputed backwards; use `recomputed_scan` with Replay(slots=…)."
             )
+        self._check(params, h)
         before = self.activation.inverse(h) - self._drive(params, inputs)
         return params.kernel.adjoint()(before)
 
@@ -254,13 +262,50 @@ class UnitaryCell:
 
     def _drive(self, params: CellParams, inputs: jax.Array | None) -> jax.Array:
         dtype = params.kernel.hat.real.dtype
+        dtype = params.kernel.hat.dtype if self.complex_valued else dtype
         if inputs is None:
-            drive = jnp.zeros((), dtype)
-        elif params.encoder is None:
-            drive = inputs
+            return jnp.zeros((), dtype)
+        inputs = jnp.asarray(inputs)
+        encoder = params.encoder
+        if not self.complex_valued:
+            _check_real(inputs, "inputs")
+        if encoder is None:
+            want, kind = self.field_shape, "a field"
         else:
-            drive = params.encoder @ inputs.astype(params.encoder.dtype)
-        return drive.astype(params.kernel.hat.dtype if self.complex_valued else dtype)
+            want, kind = encoder.shape[-1:], "what the encoder takes"
+        if inputs.shape != want:
+            raise ValueError(
+                f"`inputs` must have shape {want}, {kind}; got {inputs.shape}. Use "
+                "jax.vmap for leading batch axes."
+            )
+        drive = inputs if encoder is None else encoder @ inputs.astype(encoder.dtype)
+        return drive.astype(dtype)
+
+    def _check(self, params: CellParams, h: jax.Array) -> None:
+        """Raises ValueError for parameters or a state of another kind of cell."""
+        kernel = getattr(params, "kernel", None)
+        if not isinstance(kernel, FourierKernel):
+            raise ValueError(
+                "`params` must be what `prepare(weights)` returns; got "
+                f"{type(params).__name__}. Call it once per update of the weights."
+            )
+        if kernel.real == self.complex_valued:
+            word = "complex" if self.complex_valued else "real"
+            raise ValueError(
+                f"`params` must be of a {word} cell, as this one is; got those of "
+                "another. Prepare the weights with this cell."
+            )
+        if not self.complex_valued:
+            _check_real(h, "h")
+
+
+def _check_real(x: jax.Array, name: str) -> None:
+    """Raises ValueError for a complex array."""
+    if jnp.iscomplexobj(x):
+        raise ValueError(
+            f"`{name}` must be real in a cell that is not complex_valued; got "
+            f"{x.dtype}. Take its real part, or make a complex cell."
+        )
 
 
 def _as_complex(pair: jax.Array) -> jax.Array:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from rbpjax._core.strategy import count, function, strategy
+from rbpjax._core.tree import max_abs
 from rbpjax.types import PyTree, StepFn
 
 __all__ = ["HistoryReport", "Inverse", "Replay"]
@@ -28,10 +29,12 @@ class HistoryReport(NamedTuple):
     """How well the history was recomputed; read it as the gradient of the probe.
 
     Attributes:
-      drift: largest distance, over the anchors, between the state recomputed
-        backwards and the one the forward pass had there, relative to the larger of
-        its norm and that of the last state; a float scalar. Zero for `Replay`, which
-        repeats the forward steps; NaN if a state is not finite.
+      drift: largest distance, over the anchors and the leaves, between the state
+        recomputed backwards and the one the forward pass had there: the largest entry
+        of the difference, relative to the larger of those of this leaf there and in the
+        last state; a float scalar. Zero for `Replay`, which repeats the forward steps,
+        and where no recomputed state was used (``anchors`` = T); NaN if a state is not
+        finite. What grew and shrank again between two anchors is not seen.
 
     Example:
       >>> from rbpjax.unitary import history
@@ -137,24 +140,28 @@ class Anchored(NamedTuple):
 
 
 def by_inverse(
-    back: Callable[[PyTree, PyTree], PyTree], kept: PyTree, stride: int, end: PyTree
+    back: Callable[[PyTree, PyTree], PyTree],
+    kept: PyTree,
+    stride: int,
+    end: PyTree,
+    total: int,
 ) -> tuple[Anchored, Seek]:
     """Finds h_t from h_{t+1} = ``end`` for the last t; anchors at multiples of stride.
 
     ``back(slice, h_{t+1})`` is h_t; ``kept`` are the anchors, ``[anchors, …]``.
     """
-    scale = _norm(end)
 
     def seek(t: jax.Array, slice_: PyTree, state: Anchored) -> tuple[PyTree, Anchored]:
         drift = state.drift
         h = back(slice_, state.after)
         anchor = jax.tree.map(lambda x: x[t // stride], kept)
-        gap = _norm(jax.tree.map(jnp.subtract, h, anchor))
-        # A start at zero has no norm of its own to compare with.
-        gap = jnp.where(gap == 0, 0.0, gap / jnp.maximum(_norm(anchor), scale))
+        gap = _gap(h, anchor, end).astype(drift.dtype)
         here = t % stride == 0
+        # The state compared is replaced; those between it and the next anchor, which
+        # were used, are as good. Where there are none, there is nothing to report.
+        told = here & (jnp.minimum(stride, total - t) > 1)
         h = jax.tree.map(lambda a, b: jnp.where(here, a, b), anchor, h)
-        drift = jnp.where(here, jnp.maximum(drift, gap.astype(drift.dtype)), drift)
+        drift = jnp.where(told, jnp.maximum(drift, gap), drift)
         return h, Anchored(h, drift)
 
     return Anchored(end, jnp.zeros(())), seek
@@ -231,5 +238,14 @@ def by_replay(
     return Snapshots(jnp.array(0), jnp.zeros(slots, int), states), seek
 
 
-def _norm(tree: PyTree) -> jax.Array:
-    return jnp.sqrt(sum(jnp.sum(jnp.abs(x) ** 2) for x in jax.tree.leaves(tree)))
+def _gap(h: PyTree, anchor: PyTree, end: PyTree) -> jax.Array:
+    """The largest relative distance of a leaf, by largest entries: no squares."""
+    leaves = zip(*map(jax.tree.leaves, (h, anchor, end)), strict=True)
+    gaps, scales = [], []
+    for a, b, last in leaves:
+        gaps.append(max_abs(a - b))
+        # A start at zero has no size of its own to compare with.
+        scales.append(jnp.maximum(max_abs(b), max_abs(last)))
+    gap, scale = jnp.stack(gaps), jnp.stack(scales)
+    scale = jnp.where(scale == 0, jnp.max(scale), scale)  # nor has a leaf at zero
+    return jnp.max(jnp.where(gap == 0, 0.0, gap / scale))

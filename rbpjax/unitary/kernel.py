@@ -11,10 +11,12 @@ C × C product, at every frequency.
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rbpjax.unitary.expm import adjoint, cis, expm_skew
 
@@ -63,7 +65,8 @@ class FourierKernel:
           field: array [*Λ] or [*Λ, C].
 
         Raises:
-          ValueError: if the shape or the precision of the field is not the kernel's.
+          ValueError: if the field is no floating-point array, or its shape or
+            precision is not the kernel's.
         """
         self._check(field)
         if self.real and jnp.iscomplexobj(field):
@@ -97,6 +100,13 @@ class FourierKernel:
         return self.hat * field_hat
 
     def _check(self, field: jax.Array) -> None:
+        floating = hasattr(field, "dtype") and jnp.issubdtype(field.dtype, jnp.inexact)
+        if not floating:
+            shown = getattr(field, "dtype", type(field).__name__)
+            raise ValueError(
+                f"`field` must be a floating-point or complex array; got {shown}. "
+                "Cast it."
+            )
         channels = self.hat.shape[-1:] if self.has_channels else ()
         if field.shape != (*self.lattice, *channels):
             raise ValueError(
@@ -157,8 +167,9 @@ def conv_exp(weights: jax.Array, lattice: tuple[int, ...]) -> FourierKernel:
     Exact, to rounding. Cost: one FFT of the lattice a channel pair and, for C > 1, one
     C × C `eigh` a frequency; compute it once per update of the weights and close the
     scan over the result. Forward and reverse mode, every order; finite and right at
-    A = 0 and at degenerate eigenvalues. The derivative is the Fréchet derivative: for
-    one channel ∂U(x)/∂A(y) = U(x - y).
+    A = 0 and at degenerate eigenvalues (second derivatives with C > 1: for
+    ‖Â‖ ≤ 2¹⁶, and else NaN, as in `expm_skew`). The derivative is the Fréchet
+    derivative: for one channel ∂U(x)/∂A(y) = U(x - y).
 
     A single real channel cannot rotate the spatial mean (nor the Nyquist modes of even
     sizes): Û = 1 there. Use complex weights or C ≥ 2 where that matters. ω is
@@ -197,16 +208,52 @@ def conv_exp(weights: jax.Array, lattice: tuple[int, ...]) -> FourierKernel:
     if a.has_channels:
         hat = expm_skew((a.hat - adjoint(a.hat)) / 2)
     else:
-        hat = cis(a.hat.imag)
+        # The real part is no part of A, but what is not finite in it must be seen.
+        hat = cis(a.hat.imag + 0 * a.hat.real)
+    if a.real:
+        hat = hat + jax.lax.stop_gradient(_of_real_kernel(hat, lattice) - hat)
     return dataclasses.replace(a, hat=hat)
 
 
+def _of_real_kernel(hat: jax.Array, lattice: tuple[int, ...]) -> jax.Array:
+    """Unitary matrices Û(k), made those of a real kernel: Û(-k) = conj Û(k).
+
+    The exponential of a large A has phases with errors of ε‖A‖, other ones at -k than
+    at k. Where both are stored, which is at the first and the middle entry of the last
+    axis, one is the conjugate of the other, and real where k = -k: orthogonalized, as
+    the real part of a unitary matrix is not orthogonal.
+    """
+    *lead, last = lattice
+    matrices = hat.shape[len(lattice) :] or (1, 1)
+    places = np.arange(math.prod(lead)).reshape(lead)
+    there = places[np.ix_(*(-np.arange(n) % n for n in lead))] if lead else places
+    here, there = places.ravel(), there.ravel()
+    alone, second = here[here == there], here[here > there]
+    for index in {0, last // 2} if last % 2 == 0 else {0}:
+        at = (*(slice(None) for _ in lead), index)
+        plane = hat[at].reshape(len(here), *matrices)
+        q, r = jnp.linalg.qr(plane[alone].real)
+        signs = jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1, 1)
+        q = q * signs.astype(q.dtype)[..., None, :]
+        plane = plane.at[alone].set(q.astype(plane.dtype))
+        plane = plane.at[second].set(jnp.conj(plane[there[second]]))
+        hat = hat.at[at].set(plane.reshape(hat[at].shape))
+    return hat
+
+
 def _check_kernel(kernel: jax.Array, lattice: tuple[int, ...]) -> tuple[int, ...]:
-    d = len(lattice)
-    if not 1 <= d <= 3 or not all(isinstance(n, int) and n >= 1 for n in lattice):
+    sizes = isinstance(lattice, (tuple, list)) and all(
+        isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in lattice
+    )
+    if not sizes or not 1 <= len(lattice) <= 3:
         raise ValueError(
             f"`lattice` must be one to three positive Python ints; got {lattice!r}."
         )
+    if not hasattr(kernel, "shape") or not hasattr(kernel, "dtype"):
+        raise ValueError(
+            f"a kernel must be an array; got {type(kernel).__name__}. Use jnp.asarray."
+        )
+    d = len(lattice)
     window, channels = kernel.shape[:d], kernel.shape[d:]
     if len(window) < d or len(channels) not in (0, 2) or len(set(channels)) > 1:
         raise ValueError(

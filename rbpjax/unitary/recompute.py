@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rbpjax._core.batching import of_each_example
 from rbpjax._core.step import check_like, close, convert, floats, merge, others
 from rbpjax.types import PyTree, StepFn
 from rbpjax.unitary.history import (
@@ -59,14 +60,16 @@ def recomputed_scan(
       length: T; needed if ``inputs`` has no leaf.
       emit: ``emit(params, inputs, h_next)``, a pytree of floating-point arrays to
         keep at each step, such as a read-out or a loss; stacked, hence [T, …].
-      probe: `HistoryReport.zeros()`; its gradient is the report of this pass.
+      probe: `HistoryReport.zeros()`; its gradient is the report of this pass. Under
+        `jax.vmap` each example has a probe of its own.
 
     Returns:
       The last state, like ``h0``, and the stacked results of ``emit`` or None.
 
     Raises:
-      ValueError: for a missing or contradictory length, a state that is not
-        floating-point, or an ``f`` that does not return the likes of ``h0``.
+      ValueError: for a missing or contradictory length, a ``history`` or ``probe`` that
+        is none, a state that is not floating-point, an ``f`` that does not return the
+        likes of ``h0``, or one probe for all examples of a `jax.vmap`.
       TypeError: from `jax.jvp` and what builds on it.
 
     Example:
@@ -89,6 +92,22 @@ def recomputed_scan(
       Maclaurin, Duvenaud and Adams, "Gradient-based Hyperparameter Optimization
       through Reversible Learning", ICML 2015 (recomputing a trajectory backwards).
     """
+    if not isinstance(history, History):
+        raise ValueError(
+            "`history` must be an Inverse or a Replay, such as Replay(slots=8); got "
+            f"{history!r}. To store all states, use jax.lax.scan."
+        )
+    whole = isinstance(length, int) and not isinstance(length, bool)
+    if length is not None and (not whole or length < 1):
+        raise ValueError(
+            f"`length` must be None or a Python int of at least one step; got "
+            f"{length!r}."
+        )
+    if probe is not None and not isinstance(probe, HistoryReport):
+        raise ValueError(
+            "`probe` must be HistoryReport.zeros(), or what grad makes of it; got "
+            f"{type(probe).__name__}."
+        )
     inputs, h0 = jax.tree.map(jnp.asarray, (inputs, h0))
     steps = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(inputs)}
     if length is not None:
@@ -124,7 +143,10 @@ def recomputed_scan(
         return h, emitted.call(p.emit, p.params, x, h)
 
     everything = (_Params(params, f_consts, emitted.consts, inverse_consts), inputs)
-    probe = HistoryReport.zeros() if probe is None else probe
+    if probe is None:
+        probe = HistoryReport.zeros()
+    else:
+        probe = HistoryReport(of_each_example(probe.drift, (everything, h0)))
     run = _Run(step, history, total)
     return _scan(run, floats(everything), others(everything), h0, probe)
 
@@ -224,7 +246,7 @@ def _scan_bwd(
     if isinstance(run.history, Inverse):
         inverse = run.history.inverse
         back = lambda slice_, h: inverse(whole, merge(slice_[0], slice_[1]), h)
-        start, seek = by_inverse(back, saved.kept, run.stride, saved.end)
+        start, seek = by_inverse(back, saved.kept, run.stride, saved.end, run.total)
     else:
         forth = lambda slice_, h: run.step(whole, merge(slice_[0], slice_[1]), h)[0]
         h0 = jax.tree.map(lambda x: x[0], saved.kept)

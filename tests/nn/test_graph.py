@@ -1,5 +1,7 @@
 """The graph cell's fixed point and gradient, against a dense solve."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from flax import nnx
 
 import rbpjax
-from rbpjax.nn import FixedPoint, GraphCell, normalized_adjacency
+from rbpjax.nn import FixedPoint, Graph, GraphCell, normalized_adjacency
 
 NODES, UNITS = 7, 3
 EDGES = np.array([[0, 1], [1, 2], [2, 0], [2, 3], [4, 5], [0, 1]])  # one twice
@@ -41,7 +43,8 @@ def test_messages_go_from_sender_to_receiver():
 def test_fixed_point_and_gradient_are_those_of_a_dense_solve():
     """h = Âh W + d, or (I - Wᵀ ⊗ Â) vec h = vec d, W far from symmetric."""
     graph = normalized_adjacency(BOTH, NODES)
-    graph = graph._replace(weights=graph.weights.astype(jnp.float64))
+    wide = graph.weights.astype(jnp.float64)
+    graph = dataclasses.replace(graph, weights=wide)
     random = np.random.default_rng(0)
     cell = GraphCell(UNITS, gain=0.9)
     kernel = random.normal(size=(UNITS, UNITS))
@@ -113,3 +116,27 @@ def test_bad_edges_are_named(edges, words):
 def test_a_gain_that_does_not_contract_is_refused(gain):
     with pytest.raises(ValueError, match="`gain` must be in"):
         GraphCell(2, gain=gain)
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (5, 4), (3,), (2, 3, 4), ()])
+def test_states_of_other_nodes_are_refused(shape):
+    """Fewer, more, no feature axis, a batch: gathers would clamp or mix them."""
+    graph = normalized_adjacency(np.array([[0, 1], [1, 2]]), 3)
+    with pytest.raises(
+        ValueError, match="`h` must be \\[node, feature\\] with 3 nodes"
+    ):
+        graph.propagate(jnp.ones(shape, jnp.float32))
+    h = jnp.ones((7, 3, 2), jnp.float32)
+    assert jax.jit(jax.vmap(graph.propagate))(h).shape == h.shape
+
+
+def test_graphs_that_are_none_are_refused():
+    """Numbers of nodes that are none, and edges of several lengths."""
+    edges = jnp.arange(2)
+    for count in (0, 2.0, True, None):
+        with pytest.raises(ValueError, match="`num_nodes` must be a Python int"):
+            Graph(edges, edges, jnp.ones(2), num_nodes=count)
+    with pytest.raises(ValueError, match="one entry for each edge"):
+        Graph(edges, edges, jnp.ones(3), num_nodes=2)
+    with pytest.raises(ValueError, match="`num_nodes` must be a Python int"):
+        normalized_adjacency(np.array([[0, 1]]), 2.0)

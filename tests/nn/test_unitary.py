@@ -83,3 +83,16 @@ def test_without_encoder_and_readout(key):
     for field in fields:
         state = CELL(params, field, state)
     chex.assert_trees_all_close(h, state, rtol=1e-12)
+
+
+@pytest.mark.parametrize("history", [None, Replay(slots=2)])
+def test_wrong_inputs_are_named(history):
+    """A batch, another size, no steps, a real start for a complex cell."""
+    model = model_with(history)
+    for xs in (jnp.ones((2, 5, 3)), jnp.ones((5, 4)), jnp.ones((0, 3)), jnp.ones(3)):
+        with pytest.raises(
+            ValueError, match="UnitaryRNN: `inputs` must be one sequence"
+        ):
+            model(xs)
+    with pytest.raises(ValueError, match="UnitaryRNN: `h0` must be a complex"):
+        model(jnp.ones((5, 3)), jnp.ones((8, 2)))

@@ -1,5 +1,6 @@
 """Strategies and calls: bad input is named, rules are values."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
@@ -73,3 +74,56 @@ def test_bad_calls_are_named():
     key = jax.random.key(0)
     with pytest.raises(ValueError, match=r"must return a scalar.*has_aux"):
         perturb.value_and_grad(lambda p: (p, p), RULES[2])(key, jnp.ones(()))
+
+
+def test_callables_of_a_rule_keep_their_shapes():
+    """Noise, credit, difference, norm: what they return is not cut or broadcast."""
+    net = dense(examples=3)
+    node = lambda **k: NodePerturbation(num_samples=2, **k)
+    made = lambda rows, columns: lambda k, i, size, d: jnp.ones((rows, size + columns))
+    for rule, words in (
+        (node(noise=made(2, 1)), r"`noise\(.*\[2, 27\]; got float64\[2, 28\]"),
+        (node(noise=made(2, -1)), "`noise"),
+        (node(noise=made(1, 0)), r"`noise.*got float64\[1, 27\]"),
+        (node(noise=lambda k, i, size, d: jnp.ones(size)), "`noise"),
+        (node(credit=jnp.sum), r"`credit\(delta\)` must return.*got \(\)"),
+        (node(readout_credit=lambda d: d[:1]), r"`readout_credit\(delta\)`"),
+        (node(difference=lambda run, clean: clean[0]), r"`difference\(run, clean\)`"),
+        (
+            WeightPerturbation(every_step=True, credit=lambda d: d[:1]),
+            r"`credit\(delta\)`",
+        ),
+        (
+            ActivityPerturbation(norm=lambda leaves: [(jnp.ones(3), 1)] * len(leaves)),
+            r"`norm\(leaves\)` must return a pair",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            estimate(net, rule)
+
+
+def test_keys_and_lengths_are_named():
+    """No key, a swapped one, no steps, sequences of two lengths."""
+    net = dense(examples=3)
+    f = perturb.recurrent_value_and_grad(net.cell, net.loss, RULES[0])
+    for key in (None, 0, net.params):
+        with pytest.raises(ValueError, match="`key` must be one PRNG key"):
+            f(key, *net.data)
+    g = perturb.value_and_grad(jnp.sum, RULES[2])
+    with pytest.raises(ValueError, match="`key` must be one PRNG key"):
+        g(jnp.ones(3), jax.random.key(0))
+    key, steps = jax.random.key(0), "`inputs` and `targets` must be sequences"
+    for n in (0, 2):
+        with pytest.raises(ValueError, match=steps):
+            f(key, net.params, net.inputs[:n], net.h0, net.targets[: n // 2])
+
+
+def test_inputs_may_be_shared_by_the_examples():
+    """x [T, i] beside h [B, n]: as if every example had its own copy."""
+    net = dense(examples=3)
+    shared = net._replace(inputs=net.inputs[:, 0])
+    copied = net._replace(inputs=jnp.broadcast_to(net.inputs[:, :1], net.inputs.shape))
+    for rule in RULES:
+        chex.assert_trees_all_close(
+            estimate(shared, rule), estimate(copied, rule), rtol=1e-9, atol=1e-9
+        )

@@ -134,3 +134,47 @@ def test_size_of_the_noise_cancels(make, factor):
     small, large = (estimate(net, make(sigma)) for sigma in (1e-5, 1e-4))
     # O(σ) of a single sample.
     assert distance(jax.tree.map(lambda x: factor * x, small), large) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("size", [4.0**-6, 1.0, 4.0**6])
+@pytest.mark.parametrize("make", [OneSided, Central])
+def test_the_default_sigma_is_seen_in_every_dtype_and_size(make, dtype, size):
+    """A frame of directions: the gradient to √ε, for parameters of 1e-4 to 1e4.
+
+    σ = 1e-4 would be lost in bfloat16, and beside float32 parameters of 1e4.
+    """
+    rule = WeightPerturbation(
+        num_samples=3, difference=make(), noise=perturb.noise.coordinate
+    )
+    f = lambda p: jnp.sum(jnp.sin(p.astype(float) / size))
+    p = (size * jnp.array([1.0, 1.3, 1.7])).astype(dtype)
+    grads = perturb.value_and_grad(f, rule)(jax.random.key(0), p)[1].astype(float)
+    exact = jnp.cos(p.astype(float) / size)
+    eps = float(jnp.finfo(dtype).eps)
+    # The quotient is wrong by curvature σ/2 · √3, and by the last place of p + σ v.
+    assert jnp.max(jnp.abs(grads * size - exact)) < 4 * eps**0.5
+
+
+@pytest.mark.parametrize("make", [OneSided, Central])
+def test_a_sigma_that_is_lost_is_told(make):
+    """Below the last place of what it is added to: NaN, not a gradient of zero."""
+    rule = WeightPerturbation(difference=make(sigma=1e-4))
+    f = perturb.value_and_grad(lambda p: jnp.sum(p.astype(float)), rule)
+    for p in (jnp.ones(2, jnp.bfloat16), jnp.full(2, 1e4, jnp.float32)):
+        assert jnp.isnan(f(jax.random.key(0), p)[1].astype(float)).all()
+    assert jnp.isfinite(f(jax.random.key(0), jnp.ones(2, jnp.float32))[1]).all()
+
+
+@pytest.mark.parametrize("make", [OneSided, Central])
+def test_other_units_of_the_parameters_scale_the_estimate(make):
+    """Parameters in units of 4ᵏ, the loss adjusted: the same bits, scaled."""
+    rule = WeightPerturbation(num_samples=5, difference=make())
+
+    def grads(unit):
+        loss = lambda p: jnp.sum(jnp.sin(p["x"] / unit)) ** 2
+        p = {"x": unit * jnp.array([0.3, -1.2, 2.0])}
+        return perturb.value_and_grad(loss, rule)(jax.random.key(0), p)[1]["x"] * unit
+
+    for k in (-30, 7, 30):
+        assert jnp.array_equal(grads(4.0**k), grads(1.0))

@@ -130,7 +130,7 @@ def test_fresh_weight_noise_is_unbiased_and_dearer():
 def test_weight_rule_is_one_in_both_functions():
     """A weight rule on a cell is the same rule on the total loss."""
     net = dense(examples=4)
-    rule = WeightPerturbation(num_samples=6, chunk=3, difference=Central())
+    rule = WeightPerturbation(num_samples=6, chunk=3, difference=Central(sigma=1e-3))
     total = lambda p: jnp.sum(losses(net, p, silent(net)))
     want = perturb.value_and_grad(total, rule)(jax.random.key(0), net.params)
     f = perturb.recurrent_value_and_grad(net.cell, net.loss, rule)

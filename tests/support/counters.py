@@ -9,7 +9,7 @@ import numpy as np
 from rbpjax import Direct, Solution
 
 
-def noted(calls: list, value: jax.Array) -> jax.Array:
+def noted(calls: list, value):
     """``value``, unchanged; each time that it is computed ``calls`` grows by one.
 
     By a pure callback on one number, which goes when nobody reads the value.
@@ -19,9 +19,11 @@ def noted(calls: list, value: jax.Array) -> jax.Array:
         calls.append(1)
         return np.zeros_like(v)
 
-    entry = jax.lax.stop_gradient(value).ravel()[0]
+    first, *others = jax.tree.leaves(value)
+    entry = jax.lax.stop_gradient(first).ravel()[0]
     kind = jax.ShapeDtypeStruct(entry.shape, entry.dtype)
-    return value + jax.pure_callback(note, kind, entry, vmap_method="sequential")
+    first = first + jax.pure_callback(note, kind, entry, vmap_method="sequential")
+    return jax.tree.unflatten(jax.tree.structure(value), [first, *others])
 
 
 def noted_map(calls: list, linear, like, rule):

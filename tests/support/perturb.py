@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from rbpjax import perturb
 from rbpjax.perturb import ActivityPerturbation, NodePerturbation, WeightPerturbation
-from rbpjax.perturb.difference import Exact
+from rbpjax.perturb.difference import Exact, OneSided
 
 COUNT = 40_000
 TIGHT = 1e-12  # sums of up to 512 float64 numbers of order one
@@ -220,11 +220,14 @@ def layer(examples=8):
     return Network(cell, lambda o, y: jnp.sum((o - y) ** 2, -1), w, x, jnp.zeros(()), y)
 
 
+COARSE = OneSided(sigma=1e-4)
+"""Rounding, which order and compilation change, is 1e-12 of the gradient."""
+
 RULES = [
-    NodePerturbation(num_samples=2),
-    ActivityPerturbation(num_samples=2),
-    WeightPerturbation(num_samples=2),
-    WeightPerturbation(num_samples=2, every_step=True),
+    NodePerturbation(num_samples=2, difference=COARSE),
+    ActivityPerturbation(num_samples=2, difference=COARSE),
+    WeightPerturbation(num_samples=2, difference=COARSE),
+    WeightPerturbation(num_samples=2, difference=COARSE, every_step=True),
 ]
 """One of each kind."""
 

@@ -277,3 +277,42 @@ def test_strategies_compare_by_value_and_take_new_activations():
     h = field(cell)
     back = cell.inverse(params, None, cell(params, None, h))
     chex.assert_trees_all_close(back, h, rtol=1e-12)
+
+
+@pytest.mark.parametrize("z", [1e20, -3e38, 256.0, 1e-30, 0.0])
+def test_saturation_of_any_magnitude(z):
+    """z/√(1+z²) in float32 where z² has no room, with its derivative."""
+    z = np.float32(z)
+    wide = np.longdouble(z)
+    got = saturate(z), jax.grad(saturate)(z)
+    exact = wide / np.sqrt(1 + wide**2), (1 + wide**2) ** -1.5
+    # The derivative is a difference of numbers of order one at large z.
+    np.testing.assert_allclose(got, exact, rtol=1e-6, atol=1e-6)
+    assert saturate(np.float16(6e4)) == 1
+    unit = saturate(np.complex64(3e30 + 4e30j))
+    np.testing.assert_allclose(unit, 0.6 + 0.8j, rtol=1e-6)
+
+
+def test_inputs_and_parameters_of_another_cell_are_refused():
+    """Imaginary parts are not dropped, fields not broadcast, weights not taken raw."""
+    cell = UnitaryCell(lattice=(8,), complex_valued=False)
+    other = UnitaryCell(lattice=(8,))
+    weights = cell.init(jax.random.key(0), radius=1)
+    encoded = cell.init(jax.random.key(0), radius=1, inputs=3)
+    params, h = cell.prepare(weights), cell.start()
+    with_encoder = cell.prepare(encoded)
+    foreign = other.prepare(other.init(jax.random.key(0), radius=1))
+    for call, words in (
+        (lambda: cell(params, 1j * jnp.ones(8), h), "`inputs` must be real"),
+        (lambda: cell(with_encoder, 1j * jnp.ones(3), h), "`inputs` must be real"),
+        (lambda: cell(params, jnp.ones((3, 8)), h), r"`inputs`.*\(8,\), a field"),
+        (lambda: cell(params, jnp.ones(1), h), r"`inputs`.*got \(1,\)"),
+        (lambda: cell(with_encoder, jnp.ones(8), h), r"\(3,\), what the encoder"),
+        (lambda: cell(params, None, 1j * h), "`h` must be real"),
+        (lambda: cell.inverse(params, None, 1j * h), "`h` must be real"),
+        (lambda: cell(weights, None, h), r"`params`.*prepare\(weights\).*CellWeights"),
+        (lambda: cell(foreign, None, h), "`params` must be of a real cell"),
+        (lambda: cell.init(3, radius=1), "`key` must be one PRNG key"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()

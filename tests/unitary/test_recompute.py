@@ -344,3 +344,90 @@ def test_bad_calls_are_refused():
             recomputed_scan(f, p, None, jnp.ones(2), history=history, length=2)[0]
         )
         jax.jvp(loss, (1.0,), (1.0,))
+
+
+def drift_of(history, h0, f=None, steps=6):
+    """The reported drift, and the relative error of the gradient in the parameter."""
+    f = f or (lambda p, x, h: jax.tree.map(lambda a: p * a, h))
+
+    def loss(scan, p, probe):
+        h, _ = scan(f, p, None, h0, length=steps, probe=probe)
+        return jnp.sum(h["a"]) / jnp.max(jnp.abs(h0["a"]))
+
+    def recomputed(*args, **kwargs):
+        return recomputed_scan(*args, history=history, **kwargs)
+
+    def stored(f, p, xs, h0, length, probe):
+        return jax.lax.scan(lambda h, x: (f(p, x, h), None), h0, xs, length)
+
+    p = jnp.array(0.9, h0["a"].dtype)
+    grad = jax.grad(lambda p, probe: loss(recomputed, p, probe), (0, 1))
+    got, report = jax.jit(grad)(p, HistoryReport.zeros())
+    exact = jax.grad(lambda p: loss(stored, p, None))(p)
+    return float(report.drift), float(abs(got / exact - 1))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-15, 1.0, 1e15, 1e30])
+def test_a_wrong_inverse_is_told_at_every_scale_and_beside_every_leaf(size):
+    """States whose squares vanish or overflow, a constant leaf of 1e6 beside."""
+    a = jnp.array([0.3, -0.7], jnp.float32) * jnp.float32(size)
+    h0 = {"a": a, "still": jnp.array(1e6, jnp.float32)}
+
+    def f(p, x, h):
+        return {"a": p * h["a"], "still": h["still"]}
+
+    right = Inverse(inverse=lambda p, x, h: {"a": h["a"] / p, "still": h["still"]})
+    wrong = Inverse(inverse=lambda p, x, h: {"a": h["a"], "still": h["still"]})
+    drift, error = drift_of(right, h0, f)
+    assert drift < 1e-5 and error < 1e-5
+    drift, error = drift_of(wrong, h0, f)
+    assert error > 0.1 and drift > 0.1
+
+
+def test_what_is_replaced_by_an_anchor_is_not_reported():
+    """An anchor at every step: the inverse is not used, however wrong it is."""
+    h0 = {"a": jnp.ones(2)}
+    wrong = lambda p, x, h: jax.tree.map(lambda a: a * jnp.nan, h)
+    drift, error = drift_of(Inverse(inverse=wrong, anchors=6), h0)
+    assert drift == 0 and error < 1e-12
+    drift, _ = drift_of(Inverse(inverse=wrong, anchors=3), h0)
+    assert np.isnan(drift)
+
+
+def test_each_example_has_its_own_probe():
+    """A probe shared by a vmap is refused; with one each there is a report for each."""
+    history = Inverse(inverse=lambda p, x, h: h / p)
+
+    def loss(h0, probe):
+        f = lambda p, x, h: p * h
+        return recomputed_scan(f, 0.9, None, h0, history=history, length=5, probe=probe)
+
+    scalar = lambda h0, probe: loss(h0, probe)[0]
+    many = jnp.arange(1.0, 5.0)
+    each = HistoryReport(jnp.zeros(4))
+    grad = jax.jit(jax.vmap(jax.grad(scalar, 1)))
+    assert grad(many, each).drift.shape == (4,)
+    shared = lambda probe: jnp.sum(jax.vmap(scalar, (0, None))(many, probe))
+    for transform in (lambda f: f, jax.jit):
+        with pytest.raises(ValueError, match="`probe` is shared"):
+            transform(jax.grad(shared))(HistoryReport.zeros())
+    # Nothing is said where there is no probe, or the whole batch is one state.
+    jax.grad(lambda h: jnp.sum(jax.vmap(lambda x: scalar(x, None))(h)))(many)
+    jax.grad(lambda p: jnp.sum(scalar(many, p)))(HistoryReport.zeros())
+
+
+def test_wrong_arguments_are_named():
+    """Lengths, histories and probes that are none."""
+    f = lambda p, x, h: p * h
+    run = lambda **k: recomputed_scan(f, 1.0, None, jnp.ones(2), **k)
+    good = Replay(slots=2)
+    for options, words in (
+        (dict(history=good, length=-3), "`length` must be None or.*-3"),
+        (dict(history=good, length=4.0), "`length` must be None or.*4.0"),
+        (dict(history=good, length=True), "`length` must be"),
+        (dict(history=None, length=4), "`history` must be an Inverse or a Replay"),
+        (dict(history=Replay, length=4), "`history` must be an Inverse or a Replay"),
+        (dict(history=good, length=4, probe=jnp.zeros(())), "`probe` must be"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run(**options)

@@ -1,42 +1,35 @@
 """``python -m benchmarks collection``: classic fixed points with defaults only.
 
-119 problems in two precisions. *Solved*: said converged, and right by the judge (or,
-where there is no fixed point, said anything else). *Silent*: said converged, and wrong.
-*Flagged*: not converged, by the solver's own word.
+119 problems in two precisions, each by this library's solvers and its peers', with the
+gradient by the default rule; ``verdict.py`` says what counts as solved. Half of them
+are for whoever tunes a solver, and half are held out; ``--random`` has others.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections import Counter
-from functools import cache, partial
-from operator import itemgetter
+import hashlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-import jax
-
 import rbpjax
-from benchmarks.comparison.collection.drawn import KINDS, SIZES, draw, stacked
-from benchmarks.comparison.collection.judge import ALLOWED, Judge, cast
-from benchmarks.comparison.collection.problems import problems, tuned
-from benchmarks.comparison.collection.solvers import (
-    OURS,
-    SOLVERS,
-    Found,
-    program,
-    told,
-)
+from benchmarks.comparison.collection import judge, problem, solvers
+from benchmarks.comparison.collection.drawn import KINDS, SIZES
+from benchmarks.comparison.collection.judge import ALLOWED
+from benchmarks.comparison.collection.problems import FILES, problems, tuned
+from benchmarks.comparison.collection.solvers import OURS, SOLVERS
+from benchmarks.comparison.collection.summary import rows, summary, summary_of_kinds
+from benchmarks.comparison.collection.verdict import describe, solve_all, solve_kind
 from benchmarks.comparison.peers import installed
 from benchmarks.harness.checkpoints import Checkpoints
 from benchmarks.harness.options import Count, Natural, OneOf, require
-from benchmarks.harness.progress import progress, say
-from benchmarks.harness.results import code, record, write_json
+from benchmarks.harness.progress import say
+from benchmarks.harness.results import code, read_json, record, write_json
 from benchmarks.harness.tables import table
 
 PRECISIONS = tuple(ALLOWED)
-HALVES = ("tune", "report")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +50,8 @@ class Collection:
     """How many random ones; rounded up to whole groups."""
     seed: Natural = 0
     """Of the random ones."""
+    keep_peers: bool = False
+    """Rows of other libraries from the result file: they do not depend on this code."""
     fresh: bool = False
     """Start over instead of resuming an interrupted run."""
 
@@ -66,72 +61,90 @@ class Collection:
 
     def run_random(self) -> dict[str, Any]:
         """The random problems, a group of a kind and size at a time."""
-        solvers = [s for s in self.solver if s in OURS]
-        require(bool(solvers), f"--solver: with --random any of {', '.join(OURS)}")
+        chosen = [s for s in self.solver if s in OURS]
+        require(bool(chosen), f"--solver: with --random any of {', '.join(OURS)}")
         size = -(-self.count // (len(KINDS) * len(SIZES)))
-        kept = {"size": size, "seed": self.seed, "sources": _sources()}
-        checkpoints = Checkpoints("collection-random", kept, self.fresh)
-        entries: dict[str, Any] = {}
-        for solver in solvers:
-            entries[solver] = {}
-            for precision in self.precision:
-                found = {}
-                for i, kind in enumerate(KINDS):
-                    make = partial(solve_kind, solver, precision, kind, size, self.seed)
-                    found |= checkpoints.once(f"{solver}-{precision}-{i}", make)
-                entries[solver][precision] = found
-                say(table(rows({solver: {precision: found}}, halves=False)))
-        options = dataclasses.asdict(self) | {"solver": solvers}
-        result = record(
-            "collection",
-            "collection --random",
-            options,
-            solvers={
-                s: {p: summary_of_kinds(f) for p, f in e.items()}
-                for s, e in entries.items()
-            },
-        )
-        path = write_json("collection-random", result)
-        say(f"\n{table(rows(entries, halves=False))}\nWritten: {path.name}")
-        checkpoints.clear()
-        return result
+        parts = {
+            str(i): partial(solve_kind, kind=kind, size=size, seed=self.seed)
+            for i, kind in enumerate(KINDS)
+        }
+        kept = {"size": size, "seed": self.seed}
+        return self.measure("collection-random", chosen, parts, kept)
 
     def run_classic(self) -> dict[str, Any]:
         """The 119, a family at a time."""
         names = [n for n in problems() if n.startswith(self.problems)]
         require(bool(names), f"--problems: none begins with {list(self.problems)}")
-        available = [s for s in self.solver if _available(s)]
-        kept = {"names": names, "sources": _sources()}
+        before = _rows_of_peers() if self.keep_peers else {}
+        available = [s for s in self.solver if s not in before and _available(s)]
+        parts = {}
+        for family in dict.fromkeys(problems()[n].family for n in names):
+            mine = [n for n in names if problems()[n].family == family]
+            parts[family] = partial(solve_all, names=mine)
+        whole = (
+            set(available) | set(before) == set(SOLVERS)
+            and len(names) == len(problems())
+            and self.precision == PRECISIONS
+        )
+        name = "collection" if whole else "collection-custom"
+        return self.measure(name, available, parts, {"names": names}, before)
+
+    def measure(
+        self,
+        name: str,
+        chosen: list[str],
+        parts: dict[str, Callable],
+        kept: dict[str, Any],
+        before: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """All parts by all solvers; the result file, with rows of an earlier one."""
+        kept = kept | {"sources": _sources()}
         checkpoints = Checkpoints("collection", kept, self.fresh)
-        entries: dict[str, Any] = {}
-        for solver in available:
-            entries[solver] = {}
+        summaries: dict[str, Any] = {}
+        for solver in chosen:
+            summaries[solver] = {}
             for precision in self.precision:
-                found = {}
-                for family in dict.fromkeys(problems()[n].family for n in names):
-                    mine = [n for n in names if problems()[n].family == family]
-                    make = partial(solve_all, solver, precision, mine)
-                    found |= checkpoints.once(f"{solver}-{precision}-{family}", make)
-                entries[solver][precision] = found
-                say(table(rows({solver: {precision: found}})))
-        whole = {
-            "solver": tuple(available) == tuple(SOLVERS),
-            "problems": len(names) == len(problems()),
-            "precision": self.precision == PRECISIONS,
-        }
-        options = dataclasses.asdict(self) | {"solver": available}
+                found: dict[str, Any] = {}
+                for part, solve in parts.items():
+                    make = partial(solve, solver, precision)
+                    found |= checkpoints.once(f"{solver}-{precision}-{part}", make)
+                made = summary_of_kinds(found) if self.random else summary(found)
+                if solver == "default" and not self.random:
+                    made["problems"] = {n: describe(e) for n, e in found.items()}
+                summaries[solver][precision] = made
+                say(table(rows({solver: {precision: made}})))
+        options = dataclasses.asdict(self) | {"solver": chosen}
+        command = "collection" + " --random" * self.random
+        tune = [] if self.random else sorted(tuned())
+        solved = summaries | (before or {})
         result = record(
             "collection",
-            "collection",
+            command,
             options,
-            tune=sorted(tuned()),
-            solvers={s: summary(s, e) for s, e in entries.items()},
+            problems_sources=problems_sources(),
+            tune=tune,
+            solvers=solved,
         )
-        name = "collection" if all(whole.values()) else "collection-custom"
         path = write_json(name, result)
-        say(f"\n{table(rows(entries))}\nWritten: {path.name}")
+        say(f"\n{table(rows(solved))}\nWritten: {path.name}")
         checkpoints.clear()
         return result
+
+
+def _rows_of_peers() -> dict[str, Any]:
+    """What the result file has of other libraries, if it is of these very problems."""
+    result = read_json("collection")
+    same = result["problems_sources"] == problems_sources()
+    require(same, "--keep-peers: the result file is of other problems; run all of it")
+    return {s: e for s, e in result["solvers"].items() if s not in OURS}
+
+
+def problems_sources() -> str:
+    """A hash of all that rows of other libraries depend on."""
+    digest = hashlib.sha256()
+    for module in (*FILES, problem, judge, solvers):
+        digest.update(Path(str(module.__file__)).read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _sources() -> list[str]:
@@ -146,195 +159,3 @@ def _available(solver: str) -> bool:
     if why:
         say(f"skipped {solver}: {why}")
     return why is None
-
-
-@cache
-def judge_of(name: str, precision: str) -> Judge:
-    return Judge(problems()[name], precision)
-
-
-def solve_all(solver: str, precision: str, names: list[str]) -> dict[str, Any]:
-    """Name -> what came of it; a line for each that is not solved."""
-    found = {}
-    for name in progress(names, len(names), f"{solver} {precision}"):
-        found[name] = entry = solve_one(solver, precision, name)
-        if entry["verdict"] != "solved" or entry.get("gradient") == "silent":
-            say(f"  {solver} {precision} {name}: {describe(entry)}")
-    return found
-
-
-def solve_kind(
-    solver: str, precision: str, kind: str, size: int, seed: int
-) -> dict[str, Any]:
-    """Name of a kind, size and number -> what came of it; a program for each size."""
-    entries = {}
-    for n in SIZES:
-        problems = draw(kind, n, size, seed)
-        given = [cast((p.params, p.inputs, p.h0), precision) for p in problems]
-        with jax.enable_x64(precision == "float64"):
-            run = jax.vmap(program(OURS[solver](), problems[0].f))
-            found = jax.device_get(jax.jit(run)(*stacked(given)))
-        judge = Judge(problems[0], precision)
-        for i, data in enumerate(given):
-            one = told(*jax.tree.map(itemgetter(i), found))
-            entries[f"{kind} {n} {i}"] = entry = judged(judge.of(*data), one)
-            if "silent" in (entry["verdict"], entry["gradient"]):
-                say(f"  {solver} {precision} {kind} {n} {i}: {describe(entry)}")
-    return entries
-
-
-def describe(entry: dict[str, Any]) -> str:
-    """An entry in words."""
-    text = f"{entry['verdict']} ({entry['status'] or 'converged'})"
-    if entry["error"] is not None:
-        text += f", error {entry['error']:.1e}"
-    if entry.get("gradient"):
-        text += f", gradient {entry['gradient']}"
-    if entry.get("gradient_error") is not None:
-        text += f" {entry['gradient_error']:.1e}"
-    return f"{text}, work {entry['work']}"
-
-
-def solve_one(solver: str, precision: str, name: str) -> dict[str, Any]:
-    """One problem by one solver, judged."""
-    problem = problems()[name]
-    arrays = cast((problem.params, problem.inputs, problem.h0), precision)
-    start = time.process_time()
-    with jax.enable_x64(precision == "float64"):
-        try:
-            found = SOLVERS[solver](problem, arrays)
-        except Exception as error:  # a failure to run is a result too
-            say(f"  {solver} {precision} {name}: {error}"[:300])
-            found = Found(problem.h0, False, f"raised {type(error).__name__}", 0)
-    seconds = time.process_time() - start
-    return judged(judge_of(name, precision), found) | {"cpu_s": seconds}
-
-
-def judged(judge: Judge, found: Found) -> dict[str, Any]:
-    """The verdict on a value and its gradient."""
-    problem = judge.problem
-    answer = judge.answer(found.value) if problem.has_answer else None
-    right = answer is not None and answer.error <= judge.allowed
-    if found.converged:
-        verdict = "solved" if right else "silent"
-    else:
-        verdict = "flagged" if problem.has_answer else "solved"
-    entry: dict[str, Any] = {
-        "verdict": verdict,
-        "status": found.status,
-        "error": answer and answer.error,
-        "right": right,
-        "work": found.work,
-    }
-    if found.gradient is not None:
-        entry |= _judged_gradient(judge, found, answer and answer.gradient)
-    return entry
-
-
-def _judged_gradient(judge: Judge, found: Found, exact: Any) -> dict[str, Any]:
-    """Right, silent (both solves said converged and it is wrong), or flagged."""
-    error = None if exact is None else judge.gradient_error(found.gradient, exact)
-    right = error is not None and error <= judge.allowed
-    said = found.converged and found.report
-    if said:
-        verdict = "right" if right else "silent"
-        if exact is None and judge.problem.has_answer:
-            verdict = "undefined"  # I - J is singular at a fixed point that was found
-    else:
-        verdict = "flagged"
-    alone = found.report and error is not None and not right
-    return {
-        "gradient": verdict,
-        "gradient_error": error,
-        "report_alone_wrong": alone and not found.converged,
-    }
-
-
-def counts(found: dict[str, Any]) -> dict[str, Any]:
-    """How many problems ended how."""
-    entries = list(found.values())
-    solved = [e for e in entries if e["verdict"] == "solved"]
-    flagged = Counter(e["status"] for e in entries if e["verdict"] == "flagged")
-    with_gradient = [e for e in entries if "gradient" in e]
-    return {
-        "problems": len(entries),
-        "solved": len(solved),
-        "silent": sum(e["verdict"] == "silent" for e in entries),
-        "flagged": dict(flagged),
-        "flagged_though_right": sum(
-            e["verdict"] == "flagged" and e["right"] for e in entries
-        ),
-        "work_on_solved": sum(e["work"] for e in solved),
-        "gradients": dict(Counter(e["gradient"] for e in with_gradient)),
-        "report_alone_wrong": sum(e["report_alone_wrong"] for e in with_gradient),
-    }
-
-
-def summary(solver: str, entries: dict[str, Any]) -> dict[str, Any]:
-    """Counts by precision and half; one line a problem of the default."""
-    kept: dict[str, Any] = {}
-    for precision, found in entries.items():
-        halves = {
-            "tune": {n: e for n, e in found.items() if n in tuned()},
-            "report": {n: e for n, e in found.items() if n not in tuned()},
-        }
-        kept[precision] = {
-            "all": counts(found),
-            **{half: counts(part) for half, part in halves.items()},
-            "silent": [n for n, e in found.items() if e["verdict"] == "silent"],
-            "silent_gradients": [
-                n for n, e in found.items() if e.get("gradient") == "silent"
-            ],
-            "flagged": {
-                n: e["status"] for n, e in found.items() if e["verdict"] == "flagged"
-            },
-        }
-        if solver == "default":
-            kept[precision]["problems"] = {n: describe(e) for n, e in found.items()}
-    return kept
-
-
-def summary_of_kinds(found: dict[str, Any]) -> dict[str, Any]:
-    """Counts of all and by kind, and the names of what is silent."""
-    return {
-        "all": counts(found),
-        "kinds": {
-            kind: counts({n: e for n, e in found.items() if n.startswith(f"{kind} ")})
-            for kind in KINDS
-        },
-        "silent": {
-            n: describe(e)
-            for n, e in found.items()
-            if "silent" in (e["verdict"], e["gradient"])
-        },
-    }
-
-
-def rows(entries: dict[str, Any], halves: bool = True) -> list[dict[str, str]]:
-    """A row a solver and precision, the half that is held out in a column."""
-    made = []
-    for solver, by_precision in entries.items():
-        for precision, found in by_precision.items():
-            c = counts(found)
-            half = counts({n: e for n, e in found.items() if n not in tuned()})
-            gradients = c["gradients"]
-            made.append(
-                {
-                    "solver": solver,
-                    "precision": precision,
-                    "solved": f"{c['solved']} of {c['problems']}",
-                    **(
-                        {"held out": f"{half['solved']} of {half['problems']}"}
-                        if halves
-                        else {}
-                    ),
-                    "silent": f"{c['silent']}",
-                    "flagged": ", ".join(f"{n} {s}" for s, n in c["flagged"].items())
-                    or "–",
-                    "flagged, right": f"{c['flagged_though_right']}",
-                    "evaluations + products": f"{c['work_on_solved']}",
-                    "gradients right": f"{gradients.get('right', 0)}",
-                    "gradients silent": f"{gradients.get('silent', 0)}",
-                }
-            )
-    return made

@@ -141,8 +141,8 @@ def problems() -> Problems:
     p["GRU cell, gain 3"] = add(gru, gates, normal(121, 3, 24), np.zeros(24))
     p["relu network, gain 1.5"] = add(
         relu_network,
-        1.5 * normal(122, 24, 24) / 24**0.5,
-        normal(123, 24),
+        1.5 * normal(150, 24, 24) / 24**0.5,
+        normal(151, 24),
         np.zeros(24),
         note="piecewise linear",
     )

@@ -18,7 +18,7 @@ class Problem(NamedTuple):
     Attributes:
       family: the group that it belongs to.
       f: the step function.
-      params: floating-point arrays; the gradient is that of ‖h*‖² / 2 for these.
+      params: floating-point arrays, for which the gradient is taken.
       inputs: what else f needs.
       h0: the start.
       has_answer: False where there is no fixed point, or the start is out of f's

@@ -21,6 +21,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 import rbpjax
+from benchmarks.comparison.collection.judge import loss
 from benchmarks.comparison.collection.problem import Problem
 
 BUDGET = 1000
@@ -34,7 +35,7 @@ class Found(NamedTuple):
       converged: whether it claims success.
       status: why it stopped, in a word or two.
       work: evaluations of f and products with J, as the solver counts them.
-      gradient: of ‖h‖² / 2 for params, or None where it was not asked for.
+      gradient: of ``judge.loss`` for params, or None where it was not asked for.
       report: what the report of the adjoint solve says: whether it converged.
     """
 
@@ -54,22 +55,17 @@ def default_forward() -> rbpjax.ForwardSolver:
     return inspect.signature(rbpjax.rbp_solve).parameters["forward"].default
 
 
-def half_square(h: Any) -> jax.Array:
-    """The loss: ‖h‖² / 2 over all leaves."""
-    return sum(jnp.sum(jnp.abs(a) ** 2) for a in jax.tree.leaves(h)) / 2
-
-
 def program(forward: rbpjax.ForwardSolver, f: Callable) -> Callable:
     """``(params, inputs, h0) -> (solution, gradient, report converged)``, in one."""
     solve = rbpjax.rbp_solve(f, forward=forward)
 
     def run(params: Any, inputs: Any, h0: Any) -> tuple:
-        def loss(params: Any, probe: Any) -> tuple:
+        def of(params: Any, probe: Any) -> tuple:
             solution = solve(params, inputs, h0, probe=probe)
-            return half_square(solution.value), solution
+            return loss(solution.value), solution
 
         zeros = rbpjax.AdjointReport.zeros()
-        found = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, zeros)
+        found = jax.value_and_grad(of, (0, 1), has_aux=True)(params, zeros)
         (_, solution), (gradient, report) = found
         return solution, gradient, report.converged
 
@@ -188,7 +184,6 @@ SOLVERS: dict[str, Solver] = {
     **{name: partial(ours, make) for name, make in OURS.items()},
     "jaxopt-iteration": partial(jaxopt, "FixedPointIteration"),
     "jaxopt-anderson": partial(jaxopt, "AndersonAcceleration"),
-    "optimistix-iteration": partial(optimistix, "FixedPointIteration"),
     "optimistix-newton": partial(optimistix, "Newton"),
     "optimistix-dogleg": partial(optimistix, "Dogleg"),
     "scipy-hybr": partial(scipy, "hybr"),

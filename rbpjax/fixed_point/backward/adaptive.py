@@ -111,7 +111,8 @@ class Adaptive:
     def _series(self, system: System, start: Progress, stubborn: jax.Array) -> Progress:
         """The series while it is worth while, or ``stubborn``: while it contracts."""
         tol = system.tol / 2  # Half of it is left to rounding, as in Neumann.
-        first, half = start.num_steps, self.max_steps // 2
+        half = self.max_steps // 2
+        first = jnp.where(stubborn, start.num_steps, 0)
         budget = jnp.where(stubborn, half, self.max_steps).astype(first.dtype)
 
         def worthwhile(now: _State) -> jax.Array:
@@ -135,8 +136,9 @@ class Adaptive:
             return _State(z, r, k, error, jnp.minimum(after, budget - k), good)
 
         # A first look after two terms: one more look costs more than one term too many.
-        ahead = jnp.minimum(2, budget - first)
-        now = _State(start.z, start.r, first, start.error, ahead, first < budget)
+        k = start.num_steps
+        ahead = jnp.minimum(2, budget - k)
+        now = _State(start.z, start.r, k, start.error, ahead, k < budget)
         end = lax.while_loop(worthwhile, body, now)
         # Terms that grew are worse than nothing: what follows starts without them.
         useful = end.error < start.error
@@ -144,7 +146,7 @@ class Adaptive:
             z=tree.where(useful, end.z, start.z),
             r=tree.where(useful, end.r, start.r),
             num_steps=end.k,
-            num_products=start.num_products + end.k - first,
+            num_products=start.num_products + end.k - start.num_steps,
             error=jnp.where(useful, end.error, start.error),
         )
 

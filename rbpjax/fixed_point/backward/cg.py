@@ -57,7 +57,8 @@ class CG:
         self, vjp: LinearMap, cotangent: PyTree, *, start: PyTree | None = None
     ) -> Solution:
         """Solves (I - Jᵀ) z = g."""
-        system = System.of(vjp, cotangent, self.tol)
+        # Leaves scaled apart would make a symmetric J another kind.
+        system = System.of(vjp, cotangent, self.tol, scaled=False)
 
         def one_pass(old: Progress) -> Progress:
             """One pass from z, whose residual is r."""

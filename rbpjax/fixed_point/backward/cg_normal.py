@@ -66,9 +66,10 @@ class CGNormal:
         self, vjp: LinearMap, cotangent: PyTree, *, start: PyTree | None = None
     ) -> Solution:
         """Solves (I - Jᵀ) z = g."""
-        system = System.of(vjp, cotangent, self.tol)
+        # With a ridge the equation is that of the state in its own units.
+        system = System.of(vjp, cotangent, self.tol, scaled=not self.ridge)
         end = self.advance(system, system.begin(start))
-        return system.refined(end, self.max_steps, end.error)
+        return system.refined(end, self.max_steps, end.error if self.ridge else None)
 
     def advance(self, system: System, start: Progress) -> Progress:
         """Goes on from ``start`` until the tolerance is met or it cannot be."""

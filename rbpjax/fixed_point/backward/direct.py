@@ -60,7 +60,7 @@ class Direct:
         self, vjp: LinearMap, cotangent: PyTree, *, start: PyTree | None = None
     ) -> Solution:
         """Solves (I - Jᵀ) z = g; a start is of no use."""
-        system = System.of(vjp, cotangent, self.tol)
+        system = System.of(vjp, cotangent, self.tol, scaled=False)
         flat, restore = _as_vector(system.g)
         n = len(flat)
         if n > self.max_size:

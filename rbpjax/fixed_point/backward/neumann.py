@@ -69,20 +69,21 @@ class Neumann:
         self, vjp: LinearMap, cotangent: PyTree, *, start: PyTree | None = None
     ) -> Solution:
         """Solves (I - Jᵀ) z = g."""
-        system = System.of(vjp, cotangent, self.tol)
+        system = System.of(vjp, cotangent, self.tol, scaled=self.steps is None)
         begin = system.begin(start)
         omega = 1.0 - self.damping
 
         def product(r: PyTree) -> PyTree:
             """With damping, B = ωJᵀ + (1 - ω)I; residuals are then multiplied by B."""
             if self.damping == 0.0:
-                return vjp(r)
-            return tree.axpy(omega, tree.sub(vjp(r), r), r)
+                return system.vjp(r)
+            return tree.axpy(omega, tree.sub(system.vjp(r), r), r)
 
         def finish(total: PyTree, steps: jax.Array, products: jax.Array) -> Progress:
             z = total if self.damping == 0.0 else tree.scale(omega, total)
-            z = z if start is None else tree.add(begin.z, z)
-            products = begin.num_products + products
+            cold = start is None and system.head is None
+            z = z if cold else tree.add(begin.z, z)
+            products = begin.num_products + products - begin.num_steps
             return begin._replace(z=z, num_steps=steps, num_products=products)
 
         zero, budget, tol = tree.scale(0.0, system.g), self.max_steps, system.tol

@@ -68,7 +68,7 @@ class RBP:
         self, vjp: LinearMap, cotangent: PyTree, *, start: PyTree | None = None
     ) -> Solution:
         """Solves (I - Jᵀ) z = g."""
-        system = System.of(vjp, cotangent, None)
+        system = System.of(vjp, cotangent, None, scaled=False)
         g, begin = system.g, system.begin(start)
         if start is None:
             z0 = g if self.seed is None else _uniform(self.seed, g, system.size)

@@ -10,8 +10,9 @@ returned. Each rule of this folder is one method in this frame::
     return system.measured(end, self.max_steps)        # the true residual, ‖g‖ z
 
 Since g is brought to unit norm, tolerances are relative to the cotangent, and float32
-keeps gradients of any magnitude that it can represent. Methods that carry a recurrence
-for the residual run inside ``System.restarted``.
+keeps gradients of any magnitude that it can represent. A state of several leaves, which
+may have several units, is solved for in variables without: each leaf divided by its own
+size. Methods that carry a recurrence for the residual run inside ``System.restarted``.
 """
 
 from __future__ import annotations
@@ -67,19 +68,62 @@ class System(NamedTuple):
       vjp: v ↦ Jᵀv.
       g: the cotangent divided by its norm; zero if that is zero.
       size: the norm.
-      tol: bound on the residual.
+      tol: bound on the residual that a method aims for.
+      asked: bound on the residual that is reported.
+      units: what each leaf is to be multiplied by, powers of two; None for one leaf.
+      head: what finding them has made of the series, a ``Progress``, or None.
     """
 
     vjp: LinearMap
     g: PyTree
     size: jax.Array
     tol: float | jax.Array
+    asked: float | jax.Array
+    units: PyTree | None = None
+    head: Progress | None = None
 
     @classmethod
-    def of(cls, vjp: LinearMap, cotangent: PyTree, tol: float | None) -> System:
-        """The system of a cotangent of any magnitude; ``None``: the default tol."""
-        g, size = tree.to_unit(cotangent)
-        return cls(vjp, g, size, tree.default_tol(g) if tol is None else tol)
+    def of(
+        cls,
+        vjp: LinearMap,
+        cotangent: PyTree,
+        tol: float | None,
+        *,
+        scaled: bool = True,
+    ) -> System:
+        """The system of a cotangent of any magnitude; ``None``: the default tol.
+
+        With several leaves and ``scaled`` it is that of Dz, D (I - Jᵀ) D⁻¹ Dz = Dg,
+        where D makes the root mean square of each leaf of the first terms of the series
+        about 1: no change of units changes the steps of a rule, and no leaf is lost
+        beside larger ones. Two products find it, more if a leaf is reached later; they
+        are the first two of the series, from which the rule goes on.
+        """
+        tol = tree.default_tol(cotangent) if tol is None else tol
+        if not scaled or len(jax.tree.leaves(cotangent)) == 1:
+            g, size = tree.to_unit(cotangent)
+            return cls(vjp, g, size, tol, tol)
+        power = tree.power_of_two(tree.max_abs(cotangent))
+        first = tree.scale(1 / power, cotangent)
+        units, before, now, k = _own_sizes(vjp, first)
+        largest = jax.tree.reduce(jnp.maximum, units)
+        units = jax.tree.map(lambda unit: unit / largest, units)
+        inverse = jax.tree.map(lambda unit: 1 / unit, units)
+        scale = lambda v: tree.multiply(inverse, tree.scale(1 / largest, v))
+        g = scale(first)
+        length = tree.norm(g)
+        safe = jnp.where(length == 0, 1, length).astype(length.dtype)
+        unit_length = lambda v: tree.divide(scale(v), safe)
+        z, r = unit_length(before), unit_length(tree.sub(now, before))
+        head = Progress(
+            z, r, k, k, tree.norm(r), sharding.vary_like(jnp.array(False), r)
+        )
+        apply = lambda v: tree.multiply(inverse, vjp(tree.multiply(units, v)))
+        # The residual of each leaf is to be small beside its own size too, which is
+        # between 1 and 2 before, and so 1 / length of the unit now.
+        aim = tol * jnp.minimum(1, 0.5 / safe)
+        size = power * largest * length
+        return cls(apply, unit_length(first), size, aim, tol, units, head)
 
     def apply(self, z: PyTree) -> PyTree:
         """(I - Jᵀ) z."""
@@ -127,15 +171,26 @@ class System(NamedTuple):
         g = self.g
         zero, k = tree.scale(0.0, g), sharding.vary_like(jnp.int32(0), g)
         never = sharding.vary_like(jnp.array(False), g)
+        nowhere = Progress(zero, g, k, k, tree.norm(g), never)
+        if start is None and self.head is not None:
+            useful = self.head.error < nowhere.error  # False for NaN
+            begin = tree.where(useful, self.head, nowhere)
+            return begin._replace(num_products=self.head.num_products)
         if start is None:
-            return Progress(zero, g, k, k, tree.norm(g), never)
-        unit = tree.to_unit(sharding.typed_like(start, g))[0]
+            return nowhere
+        start = sharding.typed_like(start, g)
+        if self.units is not None:
+            k = self.head.num_products
+            start = jax.tree.map(
+                lambda s, unit: tree.divide(s, unit), start, self.units
+            )
+        unit = tree.to_unit(start)[0]
         image = self.apply(unit)
         a = ratio(tree.vdot(image, g), tree.vdot(image, image))
         usable = jnp.isfinite(a)
         z = tree.where(usable, tree.scale(a, unit), zero)
         r = tree.where(usable, tree.axpy(-a, image, g), g)
-        return Progress(z, r, k, k + 1, tree.norm(r), never)
+        return nowhere._replace(z=z, r=r, num_products=k + 1, error=tree.norm(r))
 
     def measured(self, end: Progress, max_steps: int, believed: jax.Array) -> Solution:
         """The solution for the cotangent itself, with the residual measured at z.
@@ -215,11 +270,12 @@ class System(NamedTuple):
         than what rounding may hide.
         """
         hidden = self.unresolved(end.z)
-        residual = jnp.maximum(tree.norm(end.r), hidden)
+        residual = jnp.maximum(self._relative(end), hidden)
         error = residual if error is None else jnp.maximum(error, hidden)
-        z = tree.scale(self.size, end.z)
-        rounding = end.rounding | (error <= jnp.maximum(self.tol, hidden))
-        status = status_of(error, self.tol, end.num_steps >= max_steps)
+        z = end.z if self.units is None else tree.multiply(self.units, end.z)
+        z = tree.scale(self.size, z)
+        rounding = end.rounding | (error <= jnp.maximum(self.asked, hidden))
+        status = status_of(error, self.asked, end.num_steps >= max_steps)
         pick = lambda condition, status, other: jnp.where(
             condition, jnp.int32(status), other
         )
@@ -228,6 +284,50 @@ class System(NamedTuple):
         status = pick(tree.all_finite(z), status, Status.NOT_FINITE)
         converged = status == Status.CONVERGED
         return Solution(z, end.num_steps, end.num_products, residual, status, converged)
+
+    def _relative(self, end: Progress) -> jax.Array:
+        """‖r‖ / ‖g‖, and within each leaf ‖r‖ / max(‖g‖, ‖z‖, ‖Jᵀz‖), the largest.
+
+        A leaf to which the loss gives little weight counts by itself. For a single leaf
+        it is the first.
+        """
+        z, r, total = end.z, end.r, tree.norm(end.r)
+        if len(jax.tree.leaves(r)) == 1:
+            return total
+        image = tree.add(tree.sub(r, self.g), z)
+
+        def leaf(r: jax.Array, *others: jax.Array) -> jax.Array:
+            # Small leaves of unscaled states have squares that vanish.
+            size = lambda u: tree.to_unit(u)[1]
+            return ratio(size(r), jnp.stack(list(map(size, others))).max())
+
+        leaves = jax.tree.map(leaf, r, self.g, z, image)
+        return jax.tree.reduce(jnp.maximum, leaves, total)
+
+
+def _own_sizes(vjp: LinearMap, g: PyTree) -> tuple[PyTree, PyTree, PyTree, jax.Array]:
+    """``(units, before, now, k)``: the sizes of the leaves of z, as far as terms tell.
+
+    A unit is a power of two, that below the largest norm of the leaf among the sums of
+    the first terms of the series; ``now`` is the sum of k + 1 terms, ``before`` of k.
+    """
+    leaves, treedef = jax.tree.flatten(g)
+    size = lambda x: jnp.stack([tree.to_unit(u)[1] for u in jax.tree.leaves(x)])
+
+    def unseen(sums: tuple) -> jax.Array:
+        *_, sizes, k = sums
+        return (k < 2) | (jnp.any(sizes == 0) & (k < len(leaves)))
+
+    def body(sums: tuple) -> tuple:
+        _, now, sizes, k = sums
+        after = tree.add(g, vjp(now))
+        return now, after, jnp.maximum(sizes, size(after)), k + 1
+
+    k = sharding.vary_like(jnp.int32(0), g)
+    sizes = sharding.vary_like(size(g), g)
+    before, now, sizes, k = lax.while_loop(unseen, body, (g, g, sizes, k))
+    units = jax.tree.unflatten(treedef, list(tree.power_of_two(sizes)))
+    return units, before, now, k
 
 
 def add_terms(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from rbpjax._core import tree
@@ -144,20 +145,20 @@ class Hybrid:
 def _noise(step: Callable[[PyTree], PyTree], h: PyTree) -> jax.Array:
     """The relative rounding error of f, where it is larger than the state's own.
 
-    What f(h + d) - f(h) - Jd is: it falls with the square of d unless it is rounding.
-    Four evaluations or products.
+    What the products with J of two parts differ by from that of the whole: nothing but
+    rounding. Three products.
     """
-    image, jvp = jax.linearize(step, h)
-    root = tree.coarsest_eps(h) ** 0.5
-
-    def remainder(length: float) -> jax.Array:
-        d = tree.scale(length / tree.coarsest_eps(h), _rounding(h))
-        linear = tree.add(image, jvp(d))
-        look = Look.near_one(step(tree.add(h, d)), linear)
-        return look.residual(jnp.ones_like(look.size), tree.coarsest_eps(h))
-
-    far, near = remainder(root), remainder(root / 4)
-    return jnp.where(near > far / 4, near, 0)
+    _, jvp = jax.linearize(step, h)
+    eps = tree.coarsest_eps(h)
+    whole = tree.scale(1 / eps, _rounding(h))
+    golden = lambda n: np.modf(0.618034 * np.arange(n))[0]  # spread over (0, 1)
+    share = lambda u: jnp.asarray(golden(u.size).reshape(u.shape))
+    part = jax.tree.map(lambda u: share(u).astype(u.dtype) * u, whole)
+    sums = tree.add(jvp(part), jvp(tree.sub(whole, part)))
+    look = Look.near_one(sums, jvp(whole))
+    units = jnp.maximum(look.size, Look.near_one(h, h).size)
+    found = 2 * jnp.max(ratio(look.change, units))
+    return jnp.where(found > 16 * eps, found, 0)
 
 
 def newton_krylov(
@@ -283,7 +284,9 @@ def _least_squares(
     """Y of least ‖β e₁ - (H + shift I) y‖, and the smallest singular value of that."""
     rows, columns = krylov.hessenberg.shape
     used = jnp.arange(columns, dtype=krylov.dim.dtype) < krylov.dim
-    diagonal = jnp.eye(rows, columns, dtype=beta.dtype) * jnp.where(used, shift, 0)
+    diagonal = jnp.where(used, shift, 0)[None] * jnp.eye(
+        rows, columns, dtype=beta.dtype
+    )
     u, s, vt = jnp.linalg.svd(krylov.hessenberg + diagonal, full_matrices=False)
     kept = used & (s > 10 * float(jnp.finfo(s.dtype).eps) * s[0])
     y = vt.T @ jnp.where(kept, beta * u[0] / jnp.where(kept, s, 1), 0)

@@ -1,0 +1,1 @@
+"""The fuzz of the streaming, perturbation and unitary rooms."""
