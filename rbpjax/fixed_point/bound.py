@@ -71,7 +71,10 @@ def error_bound(
     ones, others = vjp(part), vjp(tree.sub(z, part))
     lost = tree.sub(tree.add(ones[1], others[1]), product)
     lost_gradient = _difference(_sum(ones[0], others[0]), gradient)
-    precision = 4 * ratio(backward(lost), backward(product))
+    # Of a product that is small by cancellation (h - F(h), Newton's steps), z's own
+    # rounding is most of what is lost.
+    own = jnp.maximum(backward(lost) - 4 * eps * backward(z), 0)
+    precision = 4 * ratio(own, backward(product))
     # Below, it is that of the state itself, of which a few roundings are seen.
     precision = jnp.where(precision > 16 * eps, precision, eps)
     rounding = eps * (backward(g) + backward(z) + backward(product)) + backward(lost)

@@ -210,7 +210,8 @@ def rbp_root(
         scale = reuse.run(_scale_at, (closed,), fixed, h)
 
         def f(params: PyTree, inputs: PyTree, h: PyTree) -> PyTree:
-            return _step(scale, h, residual_of(params, inputs, h))
+            # Of F = 0 times s the root does not depend on s.
+            return _step(lax.stop_gradient(scale), h, residual_of(params, inputs, h))
 
         solve_from = rbp_solve(f, forward=AsItIs(), backward=backward)
         solution = solve_from(params, inputs, h, probe)
