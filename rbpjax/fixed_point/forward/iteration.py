@@ -32,10 +32,12 @@ class FixedPointIteration:
     Converges from a nearby start if and only if ρ((1 - damping) J + damping I) < 1, at
     that rate. Damping helps where J has large negative or complex eigenvalues.
 
-    The value returned is the one with the smallest residual looked at, and the residual
-    reported is that of this very value: it takes ``num_steps`` steps to reach the value
-    and one evaluation of f more to know its residual. Divergence (a residual that is
-    not finite, or 1/√ε times the best seen) stops the loop.
+    Converged means that the residual is small, and that its rate says the same of the
+    distance to the fixed point. The residual reported is that of the very value
+    returned: it takes ``num_steps`` steps to reach the value and one evaluation of f
+    more to know its residual. The loop stops, too, where residuals explode or, for 40
+    evaluations, stay where they are; then the last iterate is returned, or the best if
+    that is ten times better.
 
     Cost: one evaluation of f a step; memory: three states. AD modes: none of its own
     (its loop is a ``while_loop``); ``rbp_solve`` gives its gradient.
