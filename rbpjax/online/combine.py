@@ -319,7 +319,8 @@ def renormalize(estimator: Estimator, max_norm: float) -> Estimator:
             excess = plain(scale(1 / max_norm, influence))
             # What has grown out of all bounds in one step is lost, and must say so.
             excess = jnp.where(jnp.isinf(excess), jnp.nan, excess)
-            return scale(1 / jnp.maximum(excess, 1), influence)
+            size = jnp.maximum(excess, 1) * max_norm
+            return scale(max_norm / size, influence)
 
         for _ in carry.axes.names:
             bounded = jax.vmap(bounded)

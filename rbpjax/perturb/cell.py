@@ -69,7 +69,8 @@ class DenseCell:
 
     with nodes a and b, noise ξ and ν. D is the decorrelation, the identity if there is
     none; no gradient reaches it. For a bias give x, the inputs, an entry that is 1.
-    Leading axes of ``inputs`` and ``h`` are batch axes.
+    Leading axes of ``inputs`` and ``h`` are batch axes; ``inputs`` without them are
+    shared.
 
     The parameters are ``{"input": A, "recurrent": R, "readout": B}``, of shapes
     ``[units, inputs]``, ``[units, units]`` and ``[outputs, units]``. Cost: a product a
@@ -118,7 +119,9 @@ class DenseCell:
         noise: Nodes,
     ) -> tuple[jax.Array, jax.Array, Nodes]:
         """One step: ``(h, out, nodes)``."""
-        a = inputs @ params["input"].T + h @ params["recurrent"].T + noise.recurrent
+        driven = inputs @ params["input"].T
+        driven = jnp.expand_dims(driven, tuple(range(h.ndim - driven.ndim)))
+        a = driven + h @ params["recurrent"].T + noise.recurrent
         h = self.activation(a)
         if self.decorrelation is not None:
             h = h @ jax.lax.stop_gradient(self.decorrelation).T

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rbpjax._core.sharding import vary_like
 from rbpjax._core.strategy import count, function, strategy
 from rbpjax._core.tree import max_abs
 from rbpjax.types import PyTree, StepFn
@@ -164,7 +165,7 @@ def by_inverse(
         drift = jnp.where(told, jnp.maximum(drift, gap), drift)
         return h, Anchored(h, drift)
 
-    return Anchored(end, jnp.zeros(())), seek
+    return Anchored(end, vary_like(jnp.zeros(()), end)), seek
 
 
 class Snapshots(NamedTuple):

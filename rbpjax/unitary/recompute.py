@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from rbpjax._core.batching import of_each_example
+from rbpjax._core.sharding import vary_like
 from rbpjax._core.step import check_like, close, convert, floats, merge, others
 from rbpjax.types import PyTree, StepFn
 from rbpjax.unitary.history import (
@@ -121,6 +122,7 @@ def recomputed_scan(
     (total,) = steps
     first = jax.tree.map(lambda x: x[0], inputs)
     closed, (f_consts, _, _), h0 = close(f, params, first, h0)
+    h0 = vary_like(h0, h0)  # leaf by leaf; a scan's carry has one type
     emitted = convert(emit or (lambda *_: None), params, first, h0)
     if jax.tree.leaves(others(emitted.out)):
         raise ValueError(

@@ -35,7 +35,10 @@ APART = {
 }
 MIXED = {
     "outputs": lambda n, h: (W @ (n[0] + h[0]), h),
-    "mean over the batch": lambda n, h: (jnp.sum(n - jnp.mean(n, 0), 1), h),
+    "mean over the batch": lambda n, h: (
+        jnp.sum(n - jnp.mean(n, 0, keepdims=True), 1),
+        h,
+    ),
     "sum": lambda n, h: (jnp.sum(n) * jnp.ones(3), h),
     "the state": lambda n, h: (jnp.sum(h, 1), n[::-1]),
     "two steps": lambda n, h: (jnp.sum(h, 1), n + jnp.sum(h)),

@@ -303,13 +303,13 @@ def test_inputs_and_parameters_of_another_cell_are_refused():
     with_encoder = cell.prepare(encoded)
     foreign = other.prepare(other.init(jax.random.key(0), radius=1))
     for call, words in (
-        (lambda: cell(params, 1j * jnp.ones(8), h), "`inputs` must be real"),
-        (lambda: cell(with_encoder, 1j * jnp.ones(3), h), "`inputs` must be real"),
+        (lambda: cell(params, jnp.ones(8, complex), h), "`inputs` must be real"),
+        (lambda: cell(with_encoder, jnp.ones(3, complex), h), "`inputs` must be real"),
         (lambda: cell(params, jnp.ones((3, 8)), h), r"`inputs`.*\(8,\), a field"),
         (lambda: cell(params, jnp.ones(1), h), r"`inputs`.*got \(1,\)"),
         (lambda: cell(with_encoder, jnp.ones(8), h), r"\(3,\), what the encoder"),
-        (lambda: cell(params, None, 1j * h), "`h` must be real"),
-        (lambda: cell.inverse(params, None, 1j * h), "`h` must be real"),
+        (lambda: cell(params, None, h.astype(complex)), "`h` must be real"),
+        (lambda: cell.inverse(params, None, h.astype(complex)), "`h` must be real"),
         (lambda: cell(weights, None, h), r"`params`.*prepare\(weights\).*CellWeights"),
         (lambda: cell(foreign, None, h), "`params` must be of a real cell"),
         (lambda: cell.init(3, radius=1), "`key` must be one PRNG key"),

@@ -431,3 +431,43 @@ def test_wrong_arguments_are_named():
     ):
         with pytest.raises(ValueError, match=words):
             run(**options)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(
+    "history",
+    [
+        Inverse(
+            inverse=lambda p, x, h: {"a": (h["a"] - x) / p, "b": h["b"]}, anchors=2
+        ),
+        Replay(slots=2),
+    ],
+    ids=["inverse", "replay"],
+)
+def test_inside_shard_map(history, check_vma):
+    """One sequence a device, a leaf of the state and the parameter shared."""
+
+    def gradients(xs, probe):
+        h0 = {"a": jnp.zeros(2), "b": jnp.array(1.0)}
+        f = lambda p, x, h: {"a": p * h["a"] + x, "b": h["b"]}
+
+        def loss(xs, probe):
+            options = dict(history=history, probe=probe)
+            h, _ = recomputed_scan(f, jnp.array(0.9), xs, h0, **options)
+            return jnp.sum(h["a"] ** 3) * h["b"]
+
+        return jax.grad(loss, (0, 1))(xs, probe)
+
+    xs = jnp.arange(10.0).reshape(1, 5, 2) / 10
+    probe = HistoryReport(jnp.zeros(1))
+    device = lambda x, p: jax.tree.map(
+        lambda a: a[None], gradients(*jax.tree.map(lambda a: a[0], (x, p)))
+    )
+    mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("i")
+    mapped = jax.shard_map(
+        device, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma
+    )
+    got = jax.jit(mapped)(xs, probe)
+    want = jax.jit(jax.vmap(gradients))(xs, probe)
+    chex.assert_trees_all_close(got, want, rtol=1e-12, atol=1e-14)
