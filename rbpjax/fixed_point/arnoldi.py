@@ -56,22 +56,25 @@ def arnoldi(product: LinearMap, v: PyTree, size: int, enough: jax.Array) -> Kryl
     def unfinished(now: Krylov) -> jax.Array:
         return (now.dim < size) & (now.left > enough)
 
+    rows = jnp.arange(size + 1, dtype=jnp.int32)
+
     def body(now: Krylov) -> Krylov:
         j = now.dim
         w = product(tree.take(now.basis, j))
         column, w = orthogonalize(now.basis, w)
         again, w = orthogonalize(now.basis, w)
         w, length = tree.to_unit(w)
-        column = (column + again).at[j + 1].set(length)
         finite = jnp.isfinite(length)
+        column = jnp.where(rows == j + 1, length, column + again)
         column = jnp.where(finite, column, 0)
         # No length: the space is whole, and nothing is left.
-        next_null = -jnp.dot(now.null, column) / jnp.where(finite, length, 0)
-        next_null = jnp.where(length > 0, next_null, jnp.inf)
+        left = -jnp.dot(now.null, column) / jnp.where(finite, length, 0)
+        left = jnp.where(length > 0, left, jnp.inf)
+        here = rows[None, :size] == j
         return Krylov(
             tree.put(now.basis, j + 1, tree.where(finite, w, tree.take(now.basis, 0))),
-            now.hessenberg.at[:, j].set(column),
-            now.null.at[j + 1].set(next_null),
+            jnp.where(here, column[:, None], now.hessenberg),
+            jnp.where(rows == j + 1, left, now.null),
             j + finite.astype(j.dtype),
         )
 

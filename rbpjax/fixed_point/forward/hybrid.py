@@ -1,4 +1,4 @@
-"""The default solver: plain iteration, and what helps where that is not the way."""
+"""The default solver: plain iteration, and Newton-GMRES where that is not the way."""
 
 from __future__ import annotations
 
@@ -24,8 +24,6 @@ from rbpjax.fixed_point.iterate import (
 )
 from rbpjax.types import PyTree, Solution
 
-MEMORY = 5
-"""Of Anderson's method."""
 PATIENCE = 30
 """Plain steps that are worth waiting for."""
 DIMENSION = 30
@@ -43,16 +41,16 @@ class Hybrid:
 
     1. Plain iteration h ← f(h), until it converges, more than about 30 steps are left
        at the rate so far, or it moves away.
-    2. Anderson acceleration from the best point.
-    3. Newton's method from the best point, each linear system by GMRES, steps halved
+    2. Newton's method from the best point, each linear system by GMRES, steps halved
        while the residual ‖f(h) - h‖ does not fall. Where it stagnates it is tried with
        shifted systems (pseudo-transient continuation), and from the start with whole
-       steps.
+       steps. Where f has a backward pass of its own, and there are no products with J,
+       Anderson's method takes this place.
 
-    What converged in the second loop is confirmed in the third, which knows the
-    distance to the fixed point and not the residual alone: converged means that both
-    are small (see ``Solution``). A state that is as good as rounding allows, and no
-    better, ends as ``Status.ROUNDING``: I - J is singular there, or nearly so.
+    Converged means that the residual and the distance to the fixed point are small (see
+    ``Solution``). A state that is as good as rounding allows, and no better, ends as
+    ``Status.ROUNDING``: I - J is singular there, or nearly so, or f computes in a lower
+    precision than its state.
 
     Converges to *a* fixed point, where there are several. No guarantee: the best state
     found is returned, with the reason.
@@ -107,7 +105,7 @@ class Hybrid:
         plain: Search,
         k: jax.Array,
     ) -> Solution:
-        """Anderson's method and Newton's, from the best point of plain iteration.
+        """Newton's method from the best point of plain iteration.
 
         In variables of magnitude one, leaf by leaf: all leaves count alike.
         """
@@ -121,44 +119,16 @@ class Hybrid:
             units=jnp.ones_like(units),
             good=jnp.ones_like(plain.good),
         )
-        anderson = Anderson(max_steps=self.max_steps, memory=MEMORY)
         if not has_products(step, h0):
-            search, k = anderson.run(scaled, search, k, tol)
+            search, k = Anderson(max_steps=self.max_steps).run(scaled, search, k, tol)
             found = search.solution(k, tol, self.max_steps)
-            return found._replace(value=outwards(found.value))
-        # Where f computes in a lower precision than its state, that is the goal.
-        noise = _noise(scaled, search.value)
-        goal = jnp.maximum(tol, 4 * noise)
-        settled = plain.done | (search.residual <= 4 * noise)
-        search = search._replace(good=~settled)
-        search, k = anderson.run(scaled, search, k + 4, goal, WAIT)
-        end = newton_krylov(
-            scaled, inwards(h0), search, k, goal, self.max_steps, settled
-        )
-        end = end._replace(
-            search=end.search._replace(done=end.search.done & ~(noise > tol))
-        )
-        found = end.search.solution(end.k, goal, self.max_steps)
+        else:
+            end = newton_krylov(
+                scaled, inwards(h0), search, k, tol, self.max_steps, plain.done
+            )
+            goal = jnp.maximum(tol, 4 * end.noise)
+            found = end.search.solution(end.k, goal, self.max_steps)
         return found._replace(value=outwards(found.value))
-
-
-def _noise(step: Callable[[PyTree], PyTree], h: PyTree) -> jax.Array:
-    """The relative rounding error of f, where it is larger than the state's own.
-
-    What the products with J of two parts differ by from that of the whole: nothing but
-    rounding. Three products.
-    """
-    _, jvp = jax.linearize(step, h)
-    eps = tree.coarsest_eps(h)
-    whole = tree.scale(1 / eps, _rounding(h))
-    golden = lambda n: np.modf(0.618034 * np.arange(n))[0]  # spread over (0, 1)
-    share = lambda u: jnp.asarray(golden(u.size).reshape(u.shape))
-    part = jax.tree.map(lambda u: share(u).astype(u.dtype) * u, whole)
-    sums = tree.add(jvp(part), jvp(tree.sub(whole, part)))
-    look = Look.near_one(sums, jvp(whole))
-    units = jnp.maximum(look.size, Look.near_one(h, h).size)
-    found = 2 * jnp.max(ratio(look.change, units))
-    return jnp.where(found > 16 * eps, found, 0)
 
 
 def newton_krylov(
@@ -188,11 +158,17 @@ def newton_krylov(
     def body(now: _State) -> _State:
         image, jvp = jax.linearize(step, now.h)
         look = Look.near_one(image, now.h)
-        # Where terms of f cancel, rounding is that of the terms: leaves are measured by
-        # what passes through J, too.
-        terms = jvp(tree.scale(1 / eps, _rounding(now.h)))
-        flow = Look.near_one(terms, tree.scale(0.0, terms)).size
-        look = look._replace(size=jnp.maximum(look.size, flow))
+        # What passes through J, and what the products of two parts differ by from that
+        # of the whole: where terms of f cancel, rounding is that of the terms; and f
+        # may compute in a lower precision than its state.
+        whole = tree.scale(1 / eps, _rounding(now.h))
+        part = _share(whole)
+        flow = jvp(whole)
+        sums = tree.add(jvp(part), jvp(tree.sub(whole, part)))
+        lost = Look.near_one(sums, flow)
+        look = look._replace(size=jnp.maximum(look.size, lost.size))
+        noise = 2 * jnp.max(ratio(lost.change, look.size))
+        noise = jnp.where(noise > 16 * eps, noise, 0)
         residual = now.search.residual_at(look, now.h)
         merit = look.merit(now.search.units)
         rounding = eps * jnp.linalg.norm(look.size)
@@ -220,9 +196,9 @@ def newton_krylov(
         smallest_leaf = jnp.min(jnp.where(look.size > eps, look.size, 1))
         error = (jnp.linalg.norm(y) + left) / smallest_leaf
         certain = (error <= error_tol(tol)) & (krylov.left <= 0.9)
-        done = better & (residual <= tol) & certain
+        done = better & (residual <= tol) & certain & (4 * noise <= tol)
 
-        k = now.k + 2
+        k = now.k + 4
         search = now.search.looked(look, now.h, k, done)
         k += krylov.dim
         gained = better & (fresh | (merit < 0.7 * now.mark))
@@ -231,7 +207,7 @@ def newton_krylov(
         direction = tree.where(better, krylov.combine(y), now.direction)
         base = tree.where(better, now.h, now.base)
         # A state as good as rounding allows is not bettered by other attempts.
-        final = ~better & (search.residual <= tol)
+        final = (~better & (search.residual <= tol)) | (residual <= 4 * noise)
         over = (length < SHORTEST) | (k - since > WAIT) | (fresh & ~better)
         attempt = now.attempt + over.astype(jnp.int32)
         again = tree.where(attempt == 1, begin.base, h0)
@@ -247,6 +223,7 @@ def newton_krylov(
             mark=jnp.where(gained, merit, now.mark),
             since=jnp.where(over, k, since),
             k=k,
+            noise=jnp.where(better, noise, now.noise),
             search=search,
         )
 
@@ -263,6 +240,7 @@ def newton_krylov(
         mark=zero,
         since=k,
         k=k,
+        noise=zero,
         search=search._replace(done=jnp.zeros_like(search.done)),
     )
     return lax.while_loop(unfinished, body, begin)
@@ -276,6 +254,14 @@ def _rounding(h: PyTree) -> PyTree:
         return (jnp.finfo(u.dtype).eps * signs).astype(u.dtype) * u
 
     return jax.tree.map(leaf, h)
+
+
+def _share(h: PyTree) -> PyTree:
+    """A part of each entry, spread over (0, 1)."""
+    golden = lambda n: np.modf(0.618034 * np.arange(n))[0]
+    return jax.tree.map(
+        lambda u: jnp.asarray(golden(u.size).reshape(u.shape)).astype(u.dtype) * u, h
+    )
 
 
 def _least_squares(
@@ -308,6 +294,7 @@ class _State(NamedTuple):
       mark: the residual that has to fall, and
       since: the evaluations and products when it did.
       k: evaluations of f and products with J.
+      noise: the relative rounding error of f at ``base``, if above that of the state.
       search: what was found.
     """
 
@@ -322,4 +309,5 @@ class _State(NamedTuple):
     mark: jax.Array
     since: jax.Array
     k: jax.Array
+    noise: jax.Array
     search: Search
