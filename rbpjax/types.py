@@ -50,6 +50,7 @@ class Status(enum.IntEnum):
     NOT_FINITE = 3
     ROUNDING = 4
     TRUNCATED = 5
+    SINGULAR = 6
 
     @property
     def words(self) -> str:
@@ -68,6 +69,11 @@ _WORDS = {
         "rounding: the value is as good as this arithmetic has it, but its residual is "
         "above the tolerance, or below what rounding hides; I - J is ill-conditioned, "
         "or f computes in lower precision than its state"
+    ),
+    Status.SINGULAR: (
+        "singular: f conserves something (I - J has a left null vector), and the loss "
+        "depends on how much of it h0 brings; the gradient is right for what does not "
+        "change it. Pin the total inside f, and it is so for all"
     ),
     Status.TRUNCATED: (
         "truncated: as many steps as were asked for; the residual says what is left, "

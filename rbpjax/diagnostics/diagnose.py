@@ -69,6 +69,9 @@ class Diagnosis(NamedTuple):
       converged: whether each rule reported that it reached ``tol``.
       recommended: of the rules whose assumption holds and which converged, the first
         within 1.5 times the fewest products; -1 if there is none.
+      null_residual: ‖Jᵀv - v‖ of the unit vector v that growth led to. Where I - J is
+        singular and this is small, v is a left null vector of it: f conserves ⟨v, h⟩,
+        for small changes at least.
     """
 
     residual: jax.Array
@@ -86,6 +89,7 @@ class Diagnosis(NamedTuple):
     statuses: jax.Array
     converged: jax.Array
     recommended: jax.Array
+    null_residual: jax.Array
 
     @property
     def rule(self) -> BackwardRule | None:
@@ -226,7 +230,7 @@ def _measure(
     keys = jax.random.split(key, 3)
     g = tree.random_unit(keys[0], h)
 
-    factors = growth(vjp, g, num_steps)
+    v, factors = growth(vjp, g, num_steps)
     halfway = lambda v: tree.scale(0.5, tree.add(v, vjp(v)))
     norm, _ = singular_range(jvp, tree.random_unit(keys[1], h), num_steps)
     residual_map = lambda v: tree.sub(v, jvp(v))
@@ -237,7 +241,7 @@ def _measure(
     rows = Diagnosis(
         residual=relative_change(step(h), h),
         spectral_radius=growth_rate(factors),
-        damped_radius=growth_rate(growth(halfway, g, num_steps)),
+        damped_radius=growth_rate(growth(halfway, g, num_steps)[1]),
         jacobian_norm=norm,
         condition=largest / smallest,
         inverse_norm=1 / smallest,
@@ -250,6 +254,7 @@ def _measure(
         statuses=jnp.stack([t.status for t in trials]),
         converged=jnp.stack([t.converged for t in trials]),
         recommended=products[0],
+        null_residual=tree.norm(tree.sub(vjp(v), v)),
     )
     holds = jnp.stack([c.holds(rows) for c in CANDIDATES])
     usable = holds & rows.converged
@@ -298,7 +303,13 @@ def _stopped(statuses: ArrayLike) -> str:
 def _table(d: Diagnosis) -> str:
     """The diagnosis in words and numbers."""
     d = jax.tree.map(np.asarray, d)
-    trusted = d.residual * d.inverse_norm <= 0.01  # the relative error of h, roughly
+    conserves = _conserves(d)
+    # The relative error of h, roughly; along what is conserved there is none.
+    exact = d.residual <= np.where(conserves, np.finfo(d.residual.dtype).eps ** 0.75, 0)
+    with np.errstate(invalid="ignore"):  # 0 · ∞ at an exact fixed point
+        trusted = exact | (d.residual * d.inverse_norm <= 0.01)
+    contracts = d.spectral_radius < 1
+    reached = d.converged[..., 0] | ~contracts
     numbers = [
         (
             "residual ‖f(h) - h‖ / ‖h‖",
@@ -312,7 +323,9 @@ def _table(d: Diagnosis) -> str:
         (
             "spectral radius ρ(J)",
             d.spectral_radius,
-            _verdict(d.spectral_radius < 1, "Neumann converges", "Neumann diverges"),
+            _verdict(contracts, "Neumann converges", "Neumann diverges")
+            if np.all(reached)
+            else "below 1, and yet Neumann's trial failed: see there",
         ),
         ("  of (I + J) / 2", d.damped_radius, "the same, half damped"),
         (
@@ -346,4 +359,17 @@ def _table(d: Diagnosis) -> str:
     picks = sorted(set(np.ravel(d.recommended).tolist()))
     names = [repr(rules[i]) if i >= 0 else "none, I - J looks singular" for i in picks]
     recommended = f"recommended: {', '.join(names)}"
-    return "\n".join(["Diagnosis", *head, "", *body, "", recommended])
+    cure = [_CURE] if np.any(conserves) else []
+    return "\n".join(["Diagnosis", *head, "", *body, "", *cure, recommended])
+
+
+_CURE = """\
+f conserves something: growth is exactly 1, and I - J has a left null vector. Pin the
+total inside f, as in h = f(h); h + (total - sum(h)) / h.size, and I - J is regular.
+"""
+
+
+def _conserves(d: Diagnosis) -> np.ndarray:
+    """Whether I - J is singular, and a left null vector was found."""
+    singular = ~(d.condition * np.finfo(d.condition.dtype).eps < 1)  # True for NaN
+    return singular & (d.null_residual <= 0.1)

@@ -68,7 +68,7 @@ def spectral_radius(
     if num_steps < 4:
         raise ValueError(f"`num_steps` must be at least 4; got {num_steps}.")
     _, jvp, h = linearized(f, params, inputs, h)
-    return growth_rate(growth(jvp, tree.random_unit(key, h), num_steps))
+    return growth_rate(growth(jvp, tree.random_unit(key, h), num_steps)[1])
 
 
 def jacobian_norm(
@@ -129,13 +129,13 @@ def linearized(
     return step, jax.linearize(step, h)[1], h
 
 
-def growth(linear: LinearMap, v: PyTree, num_steps: int) -> jax.Array:
-    """The factors by which ‖v‖ grows in each of ``num_steps`` applications."""
+def growth(linear: LinearMap, v: PyTree, num_steps: int) -> tuple[PyTree, jax.Array]:
+    """Where v points after ``num_steps`` applications, and the factors of its norm."""
 
     def grow(v: PyTree, _: None) -> tuple[PyTree, jax.Array]:
         return tree.to_unit(linear(v))
 
-    return lax.scan(grow, v, length=num_steps)[1]
+    return lax.scan(grow, v, length=num_steps)
 
 
 def growth_rate(factors: jax.Array) -> jax.Array:

@@ -404,3 +404,49 @@ def test_gradient_error_bound_covers_the_true_error(name, steps):
     bound = rbpjax.diagnostics.gradient_error_bound(solution.residual, norm, drive_norm)
     assert 0.005 * bound < error <= bound
     assert np.isinf(rbpjax.diagnostics.gradient_error_bound(solution.residual, 1.2))
+
+
+# --- singular but meant --------------------------------------------------------------
+
+
+def chain(pinned, p, x, h):
+    """A step of a Markov chain, with its total pinned to 1 or left as it is."""
+    h = h @ p
+    return h + (1 - jnp.sum(h)) / h.size if pinned else h
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_conserved_total_is_named_and_pinning_it_is_the_cure(pinned):
+    """At the exact fixed point: no "NO", no rule; with the total pinned, all well."""
+    n = 5
+    p = np.random.default_rng(0).dirichlet(np.ones(n), size=n)
+    equations = np.eye(n) - p.T
+    equations[0] = 1
+    h = jnp.asarray(np.linalg.solve(equations, np.eye(n)[0]))
+    diagnose = jax.jit(partial(diagnose_step, partial(chain, pinned)))
+    d = diagnose(jnp.asarray(p), None, h, KEY)
+    text = str(d)
+    assert "h is a fixed point" in text and "NO fixed point" not in text
+    assert ("f conserves something" in text) is not pinned
+    assert (d.rule is None) is not pinned
+    if not pinned:
+        # Stochastic: ρ = 1 with the ones as left null vector; growth finds both.
+        np.testing.assert_allclose(d.spectral_radius, 1, rtol=1e-6)
+        assert d.null_residual < 1e-9 and "Pin the" in text
+
+
+def test_an_exact_fixed_point_of_a_singular_step_is_one():
+    """Residual 0 beside an infinite inverse, h = f(h) everywhere."""
+    d = at_state(jnp.diag(jnp.array([1.0, 0.0])), jnp.array([0.0, 1.0]))
+    still = d._replace(residual=jnp.zeros_like(d.residual))
+    assert "NO fixed point" not in str(still)
+
+
+def test_a_failed_trial_is_not_called_convergence():
+    """ρ(J) below 1 with a transient beyond the rule's patience: both are said."""
+    w = 0.9 * jnp.eye(12) + 3.0 * jnp.eye(12, k=1)
+    d = at_state(w, jnp.ones(12))
+    failed = d._replace(converged=d.converged.at[0].set(False))
+    failed = failed._replace(spectral_radius=jnp.full_like(d.spectral_radius, 0.9))
+    assert "Neumann converges" not in str(failed)
+    assert "Neumann's trial failed" in str(failed)

@@ -27,7 +27,7 @@ from rbpjax import (
 from rbpjax.fixed_point.backward.rule import apply_rule
 from tests.support.problems import RULES, rows
 
-DONE, BUDGET, STUCK, NAN, ROUNDING, TRUNCATED = Status
+DONE, BUDGET, STUCK, NAN, ROUNDING, TRUNCATED, SINGULAR = Status
 
 
 def test_every_status_has_words():
@@ -42,6 +42,7 @@ def test_every_status_has_words():
         "NOT_FINITE",
         "ROUNDING",
         "TRUNCATED",
+        "SINGULAR",
     ]
 
 
@@ -104,6 +105,7 @@ BACKWARD = [
     (CGNormal(), WILD, DONE),
     (CGNormal(max_steps=1), WILD, BUDGET),
     (CGNormal(), jnp.eye(3), STUCK),
+    (CGNormal(), rotated(1.0, 0.5, -3.0), STUCK),
     (CGNormal(), ILL, STUCK),  # the last finite residual was that of no step
     (CGNormal(), EDGE, ROUNDING),
     (BiCGSTAB(), WILD, DONE),
@@ -116,7 +118,9 @@ BACKWARD = [
     (GMRES(), EDGE, ROUNDING),
     (Adaptive(), WILD, DONE),
     (Adaptive(max_steps=1), WILD, BUDGET),
-    (Adaptive(), jnp.eye(3), STUCK),
+    (Adaptive(), jnp.eye(3), SINGULAR),
+    (Adaptive(), rotated(1.0, 0.5, -0.3), SINGULAR),
+    (Adaptive(), rotated(1.0, 0.5, -3.0), STUCK),
     (Adaptive(), ILL, NAN),
     (Direct(), WILD, DONE),
     (Direct(tol=0.0), WILD, ROUNDING),

@@ -13,7 +13,7 @@ from rbpjax._core.strategy import count, strategy, tolerance
 from rbpjax.fixed_point.backward.bicgstab import BiCGSTAB
 from rbpjax.fixed_point.backward.cg_normal import CGNormal
 from rbpjax.fixed_point.backward.gmres import GMRES
-from rbpjax.fixed_point.backward.rule import Progress, System, add_terms
+from rbpjax.fixed_point.backward.rule import Progress, System, add_terms, ratio
 from rbpjax.fixed_point.iterate import next_look
 from rbpjax.types import LinearMap, PyTree, Solution
 
@@ -23,6 +23,9 @@ FEW = 8
 """Steps that are left, at most, where it is not worth while to change the method."""
 GROWTH = 1e3
 """What terms may grow by before they fall: on quadratics, momentum needs about √κ/2."""
+
+SETTLING = 0.1
+"""Part of a term that may change until the next look, where it tends to a limit."""
 
 
 @strategy
@@ -47,6 +50,12 @@ class Adaptive:
     Exact up to ``tol``, or reported as not converged. What BiCGSTAB has solved by its
     recurrence, and a restart leaves as it is by the true residual, is what rounding
     allows: the rule ends there, as no other method would get further.
+
+    Where f conserves something (a total, a phase), I - J is singular, and the series,
+    when its turn comes again, settles at terms that no longer change: left null vectors
+    of I - J. Then (I - Jᵀ) z = g but for those, of which parameters that do not change
+    what is conserved receive nothing: their gradient is right, and the status says
+    ``SINGULAR``.
 
     Cost: that of ``Neumann(tol=tol)`` or, with some Neumann steps more, that of the
     Krylov methods. Memory: eight states. AD modes: none of its own; ``rbp_solve``
@@ -88,24 +97,37 @@ class Adaptive:
 
         def unsolved(attempts: tuple[jax.Array, Progress]) -> jax.Array:
             number, now = attempts
-            return (now.error > system.tol) & ~now.rounding & (number < 2)
+            open_ = ~now.rounding & ~now.singular
+            return (now.error > system.tol) & open_ & (number < 2)
 
         def attempt(attempts: tuple[jax.Array, Progress]) -> tuple:
             number, before = attempts
             now = self._series(system, before, stubborn=number > 0)
             # BiCGSTAB would get stuck again where it has been stuck.
-            stuck = (number > 0) & (now.error >= before.error)
+            stuck = (number > 0) & (now.error >= before.error) | now.singular
             end = krylov.advance(system.unless(stuck), now)
             # It may drift in one pass; that what it gained first is lost in a second
             # is rounding.
-            rounding = end.rounding & (end.error <= 0.5 * now.error)
-            return number + 1, end._replace(rounding=rounding)
+            end = end._replace(rounding=end.rounding & (end.error <= 0.5 * now.error))
+            # Where I - J is singular z grows and the residual hardly falls: the next
+            # method must not begin in what is mostly a null vector, but anew.
+            grown = system.unresolved(end.z) > tree.coarsest_eps(end.z) ** 0.5
+            lost = grown & (end.error > 0.1 * now.error)
+            nothing = jax.tree.map(lambda u: jnp.zeros((), u.dtype), end.z)
+            anew = end._replace(z=nothing, r=system.g, error=tree.norm(system.g))
+            return number + 1, tree.where(lost, anew, end)
 
         begin = system.begin(start)
-        zero = jnp.zeros_like(begin.num_steps)
-        _, now = lax.while_loop(unsolved, attempt, (zero, begin))
+        none = jnp.zeros_like(begin.num_steps)
+        _, now = lax.while_loop(unsolved, attempt, (none, begin))
         last = CGNormal if system.transposed() else GMRES
-        end = last(max_steps=self.max_steps).advance(system.unless(now.rounding), now)
+        end = last(max_steps=self.max_steps).advance(
+            system.unless(now.rounding | now.singular), now
+        )
+        # Of a null vector there may be any amount in z: the smallest z has none.
+        surplus = ratio(tree.vdot(end.z, end.r), tree.vdot(end.r, end.r))
+        surplus = jnp.where(end.singular, surplus, 0)
+        end = end._replace(z=tree.axpy(-surplus, end.r, end.z))
         return system.measured(end, self.max_steps, end.error <= system.tol)
 
     def _series(self, system: System, start: Progress, stubborn: jax.Array) -> Progress:
@@ -129,25 +151,33 @@ class Adaptive:
             taken = k - first
             hopeless = (taken >= FEW) & (left > self.patience)
             slow = (taken >= FEW // 2) & aligned & (left > FEW)
+            # Towards a left null vector: what is left of a term hardly changes.
+            change = tree.norm(tree.sub(r, now.r))
+            settled = stubborn & (change <= system.tol * error)
             gone = (taken >= self.patience) & (left > self.max_steps)
+            gone &= change > SETTLING * error
             good = jnp.where(stubborn, ~gone, ~(hopeless | slow))
-            good &= error < GROWTH * start.error  # False for NaN
+            good &= (error < GROWTH * start.error) & ~settled  # False for NaN
             after = next_look(None, taken, ahead, error, now.error, tol)
-            return _State(z, r, k, error, jnp.minimum(after, budget - k), good)
+            after = jnp.minimum(after, budget - k)
+            return _State(z, r, k, error, after, good, settled)
 
         # A first look after two terms: one more look costs more than one term too many.
         k = start.num_steps
         ahead = jnp.minimum(2, budget - k)
-        now = _State(start.z, start.r, k, start.error, ahead, k < budget)
+        now = _State(
+            start.z, start.r, k, start.error, ahead, k < budget, start.singular
+        )
         end = lax.while_loop(worthwhile, body, now)
         # Terms that grew are worse than nothing: what follows starts without them.
-        useful = end.error < start.error
+        useful = (end.error < start.error) | end.settled
         return start._replace(
             z=tree.where(useful, end.z, start.z),
             r=tree.where(useful, end.r, start.r),
             num_steps=end.k,
             num_products=start.num_products + end.k - start.num_steps,
             error=jnp.where(useful, end.error, start.error),
+            singular=end.settled,
         )
 
 
@@ -155,7 +185,7 @@ class _State(NamedTuple):
     """What the loop carries.
 
     The sum, the next term, the terms so far, the norm of the next one, the terms to
-    the next look, and whether to go on.
+    the next look, whether to go on, and whether r is a left null vector.
     """
 
     z: PyTree
@@ -164,3 +194,4 @@ class _State(NamedTuple):
     error: jax.Array
     ahead: jax.Array
     good: jax.Array
+    settled: jax.Array

@@ -74,6 +74,7 @@ class CGNormal:
     def advance(self, system: System, start: Progress) -> Progress:
         """Goes on from ``start`` until the tolerance is met or it cannot be."""
         g, tol, ridge = system.g, system.tol, self.ridge
+        rounding = 16 * tree.coarsest_eps(g)
         jvp = system.transposed()
         if jvp is None:
             raise ValueError(
@@ -108,6 +109,11 @@ class CGNormal:
 
             def unfinished(now: _State) -> jax.Array:
                 live = (now.gamma > 0) & jnp.isfinite(now.gamma)
+                if not ridge:
+                    # Of a singular I - J a part of g may be out of reach. Then
+                    # (I - J) r is rounding, and no step makes r any less.
+                    lost = now.gamma <= rounding**2 * tree.vdot(now.r, now.r)
+                    live &= ~lost | (now.k == old.num_steps)
                 more = (error(now.r, now.s) > tol / 2) & (now.k < self.max_steps)
                 return more & live
 

@@ -51,6 +51,7 @@ class Progress(NamedTuple):
       num_products: products with J or Jᵀ so far.
       error: what the tolerance bounds, mostly ‖r‖.
       rounding: whether the method believed to be done, and rounding had it be wrong.
+      singular: whether r is a left null vector of I - J: Jᵀr = r, and no z removes it.
     """
 
     z: PyTree
@@ -59,6 +60,7 @@ class Progress(NamedTuple):
     num_products: jax.Array
     error: jax.Array
     rounding: jax.Array
+    singular: jax.Array
 
 
 class System(NamedTuple):
@@ -115,9 +117,8 @@ class System(NamedTuple):
         safe = jnp.where(length == 0, 1, length).astype(length.dtype)
         unit_length = lambda v: tree.divide(scale(v), safe)
         z, r = unit_length(before), unit_length(tree.sub(now, before))
-        head = Progress(
-            z, r, k, k, tree.norm(r), sharding.vary_like(jnp.array(False), r)
-        )
+        never = sharding.vary_like(jnp.array(False), r)
+        head = Progress(z, r, k, k, tree.norm(r), never, never)
         apply = lambda v: tree.multiply(inverse, vjp(tree.multiply(units, v)))
         # The residual of each leaf is to be small beside its own size too, which is
         # between 1 and 2 before, and so 1 / length of the unit now.
@@ -171,7 +172,7 @@ class System(NamedTuple):
         g = self.g
         zero, k = tree.scale(0.0, g), sharding.vary_like(jnp.int32(0), g)
         never = sharding.vary_like(jnp.array(False), g)
-        nowhere = Progress(zero, g, k, k, tree.norm(g), never)
+        nowhere = Progress(zero, g, k, k, tree.norm(g), never, never)
         if start is None and self.head is not None:
             useful = self.head.error < nowhere.error  # False for NaN
             begin = tree.where(useful, self.head, nowhere)
@@ -179,7 +180,7 @@ class System(NamedTuple):
         if start is None:
             return nowhere
         start = sharding.typed_like(start, g)
-        if self.units is not None:
+        if self.units is not None and self.head is not None:
             k = self.head.num_products
             start = jax.tree.map(
                 lambda s, unit: tree.divide(s, unit), start, self.units
@@ -245,17 +246,15 @@ class System(NamedTuple):
             r = self.residual(new.z)
             found = error(new.z, r)
             better = found < old.error  # False for NaN
-            return (
-                Progress(
-                    tree.where(better, new.z, old.z),
-                    tree.where(better, r, old.r),
-                    new.num_steps,
-                    new.num_products + 1 + error_products,
-                    jnp.where(better, found, old.error),
-                    (new.error <= self.tol) & ~(found <= self.tol),
-                ),
-                old.error,
+            end = old._replace(
+                z=tree.where(better, new.z, old.z),
+                r=tree.where(better, r, old.r),
+                num_steps=new.num_steps,
+                num_products=new.num_products + 1 + error_products,
+                error=jnp.where(better, found, old.error),
+                rounding=(new.error <= self.tol) & ~(found <= self.tol),
             )
+            return end, old.error
 
         infinity = jnp.full_like(start.error, jnp.inf)
         infinity = sharding.vary_like(infinity, start.r)
@@ -281,6 +280,7 @@ class System(NamedTuple):
         )
         failed = (status == Status.STAGNATED) | (status == Status.OUT_OF_BUDGET)
         status = pick(failed & rounding, Status.ROUNDING, status)
+        status = pick(failed & end.singular, Status.SINGULAR, status)
         status = pick(tree.all_finite(z), status, Status.NOT_FINITE)
         converged = status == Status.CONVERGED
         return Solution(z, end.num_steps, end.num_products, residual, status, converged)
