@@ -122,7 +122,7 @@ def decorrelated(random: Random, size: int) -> tuple[str, np.ndarray]:
             length = lambda a: np.linalg.norm(a, axis=1).mean()
             new = new * length(data) / length(data @ new.T)
         want.append(new)
-    return f"decorrelate, {way}", distance(got, np.stack(want)) / (1e4 * EPS)
+    return f"decorrelate, {way}", distance(got, np.stack(want)) / (1e3 * EPS)
 
 
 def kernels(random: Random, size: int) -> tuple[str, np.ndarray]:
@@ -258,7 +258,7 @@ def recomputed(random: Random, size: int) -> tuple[str, np.ndarray]:
     drift = np.asarray(drift)
     # Orthogonal steps, forth and back: T roundings each. What is worse must be told.
     name = f"{'replay' if replay else 'inverse'}{', false' if false else ''}, {way}"
-    return name, np.where(drift > 1e-8, 0.0, error / (1e5 * EPS))
+    return name, np.where(drift > 1e-8, 0.0, error / (1e3 * EPS))
 
 
 def penalties(random: Random, size: int) -> tuple[str, np.ndarray]:
@@ -295,7 +295,7 @@ def penalties(random: Random, size: int) -> tuple[str, np.ndarray]:
     # 200 steps of the power method leave (σ₂/σ₁)⁴⁰⁰ of the gap.
     s = np.linalg.svd(w, compute_uv=False)
     gap = (s[:, 1] / s[:, 0]) ** 400 if min(w.shape[1:]) > 1 else 0
-    bound = 1e5 * EPS if kind in ("jacobian", "contraction") else 1e-5
+    bound = 1e4 * EPS if kind in ("jacobian", "contraction") else 1e-5
     loose = bound + (4 * gap if kind == "power method" else 0)
     return f"{kind}, {way}", distance(got, want) / loose
 

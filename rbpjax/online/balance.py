@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -77,16 +78,19 @@ def _balance(lead: int, sides: tuple[Factors, Factors]) -> Scales:
         return Scales(tuple(rho[:count]), structure.unflatten(rho[count:]))
 
     def quick() -> Scales:
-        roots = [jnp.sqrt(jnp.sqrt(s)) for s in sums]
-        if jax.tree.leaves(v.norms):
-            return with_zeros(roots)
-        return Scales(tuple(map(jnp.divide, roots[count:], roots[:count])), v.norms)
+        ratio = lambda a, b: jnp.sqrt(b.astype(dtype) / a.astype(dtype))
+        roots = list(map(jnp.sqrt, sums))
+        vectors = tuple(map(ratio, roots[:count], roots[count:]))
+        return Scales(vectors, jax.tree.map(ratio, v.norms, w.norms))
 
-    def with_care() -> Scales:
-        trees = (*v.vectors, *w.vectors)
-        return with_zeros([jnp.sqrt(careful(lead, tree)) for tree in trees])
+    def slow() -> Scales:
+        some = lambda: with_zeros([jnp.sqrt(jnp.sqrt(s)) for s in sums])
+        every = lambda: with_zeros([jnp.sqrt(careful(lead, t)) for t in trees])
+        return lax.cond(fine, some, every) if jax.tree.leaves(v.norms) else every()
 
-    return lax.cond(within(*sums), quick, with_care)
+    trees, fine = (*v.vectors, *w.vectors), within(*sums)
+    known = [jnp.all(n > 0) for n in jax.tree.leaves((v.norms, w.norms))]
+    return lax.cond(reduce(jnp.logical_and, known, fine), quick, slow)
 
 
 _rows = rowwise(_balance)

@@ -309,6 +309,9 @@ def renormalize(estimator: Estimator, max_norm: float) -> Estimator:
       influence in place of the gradient.
     """
     check_positive("max_norm", max_norm)
+    # So that the squares of what is near the bound are representable.
+    unit = 1.0 if 1e-9 < max_norm < 1e9 else max_norm
+    near = lambda tree: tree if unit == 1 else scale(1 / unit, tree)
 
     def step(
         params: PyTree, carry: Carry, x: PyTree, y: PyTree, noise: PyTree
@@ -316,7 +319,7 @@ def renormalize(estimator: Estimator, max_norm: float) -> Estimator:
         carry, out = estimator.step(params, carry, x, y, noise)
 
         def bounded(influence: PyTree) -> PyTree:
-            excess = plain(scale(1 / max_norm, influence))
+            excess = plain(near(influence)) * unit / max_norm
             # What has grown out of all bounds in one step is lost, and must say so.
             excess = jnp.where(jnp.isinf(excess), jnp.nan, excess)
             size = jnp.maximum(excess, 1) * max_norm

@@ -1,5 +1,7 @@
 """The fuzz of the rooms, run small; and that it would see what it looks for."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,5 +45,6 @@ def test_a_constant_with_units_would_be_seen(monkeypatch):
         return streaming.units(random, 5)[1].max()
 
     assert worst(0) <= 1
-    monkeypatch.setattr("rbpjax.online.uoro.balance", old)
+    # The module, which the function of that name hides.
+    monkeypatch.setattr(sys.modules["rbpjax.online.uoro"], "balance", old)
     assert worst(0) > 1
