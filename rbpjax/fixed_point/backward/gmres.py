@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rbpjax._core import sharding, tree
+from rbpjax._core.arnoldi import combine, orthogonalize
 from rbpjax._core.strategy import count, strategy, tolerance
 from rbpjax.fixed_point.backward.rule import Progress, System, ratio
 from rbpjax.types import LinearMap, PyTree, Solution
@@ -90,8 +91,8 @@ class GMRES:
             def body(now: _State) -> _State:
                 j = now.j
                 w = system.apply(tree.take(now.basis, j))
-                column, w = _orthogonalize(now.basis, w)
-                again, w = _orthogonalize(now.basis, w)
+                column, w = orthogonalize(now.basis, w)
+                again, w = orthogonalize(now.basis, w)
                 w, length = tree.to_unit(w)
                 column = (column + again).at[j + 1].set(length)
                 # Rotations not made yet have cosine 1 and sine 0.
@@ -125,7 +126,7 @@ class GMRES:
 
             y = lax.fori_loop(0, m, substitute, y)
             return old._replace(
-                z=tree.add(old.z, _combine(end.basis, y)),
+                z=tree.add(old.z, combine(end.basis, y)),
                 num_steps=k + end.j,
                 num_products=old.num_products + end.j,
                 error=jnp.abs(end.rhs[end.j]),
@@ -148,22 +149,6 @@ class _State(NamedTuple):
     sines: jax.Array
     rhs: jax.Array
     j: jax.Array
-
-
-def _orthogonalize(basis: PyTree, w: PyTree) -> tuple[jax.Array, PyTree]:
-    """``(Vᵀw, w - VVᵀw)`` for the rows V of the basis; unused rows are zero."""
-    coefficients = tree.products(basis, w)
-    return coefficients, tree.sub(w, _combine(basis, coefficients))
-
-
-def _combine(basis: PyTree, coefficients: jax.Array) -> PyTree:
-    """Σ cᵢ vᵢ over as many rows as there are coefficients."""
-
-    def leaf(b: jax.Array) -> jax.Array:
-        c = coefficients.astype(b.dtype)
-        return jnp.tensordot(c, b[: len(c)], 1, precision=lax.Precision.HIGHEST)
-
-    return jax.tree.map(leaf, basis)
 
 
 def _rotate(

@@ -11,9 +11,9 @@ import numpy as np
 from jax import lax
 
 from rbpjax._core import tree
+from rbpjax._core.arnoldi import Krylov, arnoldi
 from rbpjax._core.step import has_products
 from rbpjax._core.strategy import count, strategy, tolerance
-from rbpjax.fixed_point.arnoldi import Krylov, arnoldi
 from rbpjax.fixed_point.forward.anderson import Anderson
 from rbpjax.fixed_point.forward.iteration import FixedPointIteration
 from rbpjax.fixed_point.iterate import (
