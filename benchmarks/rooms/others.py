@@ -256,9 +256,9 @@ def recomputed(random: Random, size: int) -> tuple[str, np.ndarray]:
     got, want, drift = mapped(*arrays)
     error = sum(relative([a], [b]) for a, b in zip(got, want, strict=True))
     drift = np.asarray(drift)
-    # Orthogonal steps, forth and back: T roundings each. What is worse must be told.
+    # Orthogonal steps, forth and back, T roundings each; terms of a cube may cancel.
     name = f"{'replay' if replay else 'inverse'}{', false' if false else ''}, {way}"
-    return name, np.where(drift > 1e-8, 0.0, error / (1e3 * EPS))
+    return name, np.where(drift > 1e-8, 0.0, error / (1e5 * EPS))
 
 
 def penalties(random: Random, size: int) -> tuple[str, np.ndarray]:

@@ -62,23 +62,17 @@ def _squared_modulus(z: jax.Array) -> jax.Array:
     return z.real**2 + z.imag**2
 
 
-def _over(z: jax.Array, by: jax.Array) -> jax.Array:
-    """Divides part by part: a complex quotient would square ``by``."""
-    if jnp.iscomplexobj(z):
-        return jax.lax.complex(z.real / by, z.imag / by)
-    return z / by
-
-
 def _identity(z: jax.Array) -> jax.Array:
     return z
 
 
 def _saturate(z: jax.Array) -> jax.Array:
-    # Divided by the larger part where that is above 1: |z|² would overflow.
-    largest = jnp.maximum(jnp.abs(z.real), jnp.abs(z.imag))
-    by = jax.lax.stop_gradient(jnp.maximum(largest, 1))
-    z = _over(z, by)
-    return z * jax.lax.rsqrt((1 / by) ** 2 + _squared_modulus(z)).astype(z.dtype)
+    # Where |z|² would overflow, the 1 is nothing beside it, and z may be scaled.
+    half = jnp.finfo(z.dtype).maxexp // 2
+    large = jnp.maximum(jnp.abs(z.real), jnp.abs(z.imag)) > 2.0 ** (half - 1)
+    z = z * jnp.where(large, 2.0 ** -(half + 2), 1).astype(z.dtype)
+    one = jnp.where(large, 0, 1).astype(z.real.dtype)
+    return z * jax.lax.rsqrt(one + _squared_modulus(z)).astype(z.dtype)
 
 
 def _desaturate(z: jax.Array) -> jax.Array:
