@@ -98,8 +98,9 @@ def ratio(a: jax.Array | float, b: jax.Array) -> jax.Array:
 
 def leaf_eps(h: PyTree) -> jax.Array:
     """The machine epsilon of each leaf."""
-    eps = [float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(h)]
-    return jnp.array(eps, tree.real_dtype(h))
+    # Computed, not an array that a custom_vjp would close over.
+    eps = lambda x: jnp.full((), jnp.finfo(x.dtype).eps, tree.real_dtype(h))
+    return jnp.stack([eps(x) for x in jax.tree.leaves(h)])
 
 
 def relative_change(new: PyTree, old: PyTree) -> jax.Array:

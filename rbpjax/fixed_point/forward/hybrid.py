@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from rbpjax._core import tree
@@ -173,7 +172,9 @@ def newton_krylov(
         merit = look.merit(now.search.units)
         rounding = eps * jnp.linalg.norm(look.size)
         fresh = now.length == 0
-        growth = jnp.array([1 - 1e-4, 2, 1e6], merit.dtype)[now.attempt]
+        # Newton's steps must gain, shifted ones may lose, whole ones may do anything.
+        growth = jnp.where(now.attempt == 1, 2, 1e6).astype(merit.dtype)
+        growth = jnp.where(now.attempt == 0, 1 - 1e-4, growth).astype(merit.dtype)
         better = jnp.isfinite(merit) & (fresh | (merit < growth * now.merit))
         # Far out, rounding alone makes residuals small.
         better &= rounding <= jnp.maximum(now.search.merit / 10, 4 * now.rounding)
@@ -258,10 +259,12 @@ def _rounding(h: PyTree) -> PyTree:
 
 def _share(h: PyTree) -> PyTree:
     """A part of each entry, spread over (0, 1)."""
-    golden = lambda n: np.modf(0.618034 * np.arange(n))[0]
-    return jax.tree.map(
-        lambda u: jnp.asarray(golden(u.size).reshape(u.shape)).astype(u.dtype) * u, h
-    )
+
+    def leaf(u: jax.Array) -> jax.Array:
+        golden = 0.618034 * lax.iota(jnp.float32, u.size)
+        return (golden - jnp.floor(golden)).reshape(u.shape).astype(u.dtype) * u
+
+    return jax.tree.map(leaf, h)
 
 
 def _least_squares(
