@@ -233,7 +233,7 @@ def test_anderson_returns_its_best_iterate():
     solution = Anderson(max_steps=20)(step, jnp.zeros(3))
     assert not solution.converged and jnp.isfinite(solution.value).all()
     change = jnp.linalg.norm(step(solution.value) - solution.value)
-    size = jnp.linalg.norm(step(solution.value))
+    size = max(map(jnp.linalg.norm, (solution.value, step(solution.value))))
     assert jnp.abs(solution.residual - change / size) < 1e-12
 
 
@@ -301,12 +301,13 @@ def test_rbp_from_a_start_that_dwarfs_the_cotangent_is_not_converged():
     """Found by the fuzz: ‖z_{k+1} - z_k‖ ≤ tol ‖z‖ while z is all start, no answer.
 
     The start is 1e6 times the cotangent and decays by 0.995 a step: after one step the
-    change is 0.005 of z, within tol = 0.01, and 5,000 times g.
+    change is 0.005 of z, within tol = 0.01, and 5,000 times g. The solver itself asks
+    for the error, too, and goes on; what is left stays above g.
     """
     jac = 0.995 * jnp.eye(4)
     rule = RBP(FixedPointIteration(tol=0.01), seed=0)
     solution = adjoint(rule, jac, jnp.full(4, 1e-6))
-    assert solution.residual > 1e3 and not solution.converged
+    assert solution.residual > 1 and not solution.converged
     # From g itself the iteration is right, to tol ‖(I - J)⁻¹‖ = 2e-6, and says so.
     solver = FixedPointIteration(max_steps=5000, tol=1e-8)
     solution = adjoint(RBP(solver), jac, jnp.full(4, 1e-6))
