@@ -133,13 +133,24 @@ def _state_and_aux(
 def has_products(step: Callable[[PyTree], PyTree], h: PyTree) -> bool:
     """Whether products with the step's J can be had.
 
-    Not where it holds a function with a backward pass of its own, or a callback.
+    Not where it holds a function with a backward pass of its own. (A callback has none
+    either, but may stand where nothing is differentiated: JAX says so itself.)
     """
-    jaxpr = jax.make_jaxpr(lambda h: step(h))(h)
+    names = _primitives(jax.make_jaxpr(lambda h: step(h))(h).jaxpr)
+    return not any(map(_has_own_backward, names))
+
+
+def has_sure_products(step: Callable[[PyTree], PyTree], h: PyTree) -> bool:
+    """Whether they can be had for certain: there is no callback either."""
+    names = _primitives(jax.make_jaxpr(lambda h: step(h))(h).jaxpr)
     return not any(
-        name.startswith("custom_vjp_call") or name in ("pure_callback", "io_callback")
-        for name in _primitives(jaxpr.jaxpr)
+        _has_own_backward(name) or name in ("pure_callback", "io_callback")
+        for name in names
     )
+
+
+def _has_own_backward(name: str) -> bool:
+    return name.startswith("custom_vjp_call")
 
 
 def _primitives(jaxpr: core.Jaxpr) -> Iterator[str]:

@@ -198,7 +198,8 @@ def rms(x: PyTree) -> tuple[jax.Array, ...]:
 
 def rounding(x: PyTree) -> jax.Array:
     """What one rounding of each entry leaves, as a norm: ε‖x‖, with each leaf's ε."""
-    parts = [float(jnp.finfo(u.dtype).eps) * norm(u) for u in jax.tree.leaves(x)]
+    eps = lambda u: float(jnp.finfo(u.dtype).eps)
+    parts = [eps(u) * norm(u).astype(real_dtype(x)) for u in jax.tree.leaves(x)]
     return jnp.linalg.norm(jnp.stack(parts)) if len(parts) > 1 else parts[0]
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from rbpjax._core import sharding, tree
 from rbpjax._core.step import ClosedStep, floats
 from rbpjax.fixed_point.iterate import ratio
-from rbpjax.types import PyTree, Status
+from rbpjax.types import PyTree, Solution, Status
 
 FAR = 0.1
 """Of its size, an error of the state from which nothing is said of the gradient."""
@@ -37,7 +37,7 @@ def error_bound(
     vjp: Callable[[PyTree], Any],
     g: PyTree,
     z: PyTree,
-    status: jax.Array,
+    found: Solution,
 ) -> Bound:
     """A bound on the relative error of the gradient (∂f/∂args)ᵀz, by seven products.
 
@@ -57,8 +57,8 @@ def error_bound(
       vjp: of the step at (args, h): a pair, of args and of h.
       g: the cotangent.
       z: the adjoint found, (I - Jᵀ) z = g.
-      status: of the forward solve. Of a state that its solver did not bring to rest
-        nothing is said.
+      found: the forward solve. Of a state that it did not bring to rest nothing is
+        said.
     """
     eps = tree.coarsest_eps(h)
     unit, noise = _random(h)
@@ -81,6 +81,8 @@ def error_bound(
 
     q = tree.sub(image, h)
     size = forward(q)
+    # What tends to zero is small beside what it was, as the solver knows.
+    beside = jnp.where(size > found.residual, ratio(found.residual, size), 1)
     next_q = tree.sub(step(args, image), image)
     rate = ratio(forward(next_q), size)
     slow = (rate < 1) & (size > 8 * eps)
@@ -98,7 +100,7 @@ def error_bound(
         noise,
     )
     d = tree.scale(amplified, error)
-    away = forward(d)
+    away = forward(d) * beside.astype(size.dtype)
     moved, moved_vjp = jax.vjp(step, args, tree.add(h, d))
     del moved
     other_gradient, other_product = moved_vjp(z)
@@ -110,13 +112,13 @@ def error_bound(
         _relative(_difference(other_gradient, gradient), gradient),
         _relative(lost_gradient, gradient),
     ]
-    found = jnp.sqrt(sum(jnp.square(term.astype(away.dtype)) for term in terms))
+    total = jnp.sqrt(sum(jnp.square(term.astype(away.dtype)) for term in terms))
     finite = jnp.isfinite(tree.max_abs(z)) & jnp.isfinite(_largest(gradient))
-    settled = (status == Status.CONVERGED) | (status == Status.ROUNDING)
-    known = (found < 0.5) & (away < FAR) & finite & settled  # False for NaN
+    settled = (found.status == Status.CONVERGED) | (found.status == Status.ROUNDING)
+    known = (total < 0.5) & (away < FAR) & finite & settled  # False for NaN
     nothing = backward(g) == 0
     known &= backward(z) > 0
-    known_or_none = jnp.where(known, found / (1 - jnp.where(known, found, 0)), jnp.inf)
+    known_or_none = jnp.where(known, total / (1 - jnp.where(known, total, 0)), jnp.inf)
     return Bound(
         jnp.where(nothing & finite, 0, known_or_none),
         jnp.sqrt(jnp.minimum(precision, 2**-7)),

@@ -82,9 +82,9 @@ class Newton:
         """Solves h = step(h) from ``h0``."""
         if not has_products(step, h0):
             raise TypeError(
-                f"{self!r} needs products with J, and f holds a function without: one "
-                "with a backward pass of its own (custom_vjp, as rbp_solve is), or a "
-                "callback. Take a solver that only evaluates f, such as Anderson()."
+                f"{self!r} needs products with J, and f holds a function with a backward "
+                "pass of its own (custom_vjp, as rbp_solve is), which has none. Take a "
+                "solver that only evaluates f, such as Anderson()."
             )
         tol = tree.default_tol(h0) if self.tol is None else self.tol
 

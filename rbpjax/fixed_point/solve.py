@@ -90,7 +90,9 @@ def _solve(
 def _solve_fwd(step, solver, rule, args, start, probe):
     # The solve itself, not the solver: the next order differentiates this line.
     solution = _solve(step, solver, rule, args, start, probe)
-    return solution, (args, solution, probe)
+    # Of how it was found, only what is reported is kept.
+    kept = Solution(solution.value) if probe is None else solution
+    return solution, (args, kept, probe)
 
 
 def _solve_bwd(step, solver, rule, saved, cotangents):
@@ -115,7 +117,7 @@ def _solve_bwd(step, solver, rule, saved, cotangents):
     z = _solve(adjoint_step, adjoint_solver, rule, (args, h, g), start, None)
     report = None
     if probe is not None:
-        bound = error_bound(step, args, h, image, vjp, g, z.value, found.status)
+        bound = error_bound(step, args, h, image, vjp, g, z.value, found)
         report = reported(found, z, g, bound, probe)
     # None is a zero cotangent: a fixed point does not depend on where one starts.
     return vjp(z.value)[0], None, report

@@ -311,7 +311,9 @@ def check_functions(
     """Raises ValueError unless f maps states to states, and the loss to scalars."""
     check_real(params, "params")
     check_real(h, "h")
-    check_like(jax.eval_shape(f, params, x, h), h, "`f`'s output", "its state `h`")
+    remedy = "A step that returns (h, output) must select h."
+    out = jax.eval_shape(f, params, x, h)
+    check_like(out, h, "`f`'s output", "its state `h`", remedy)
     value = jax.eval_shape(loss, params, h, y)
     scalar = getattr(value, "shape", None) == ()
     if not scalar or not jnp.issubdtype(value.dtype, jnp.floating):

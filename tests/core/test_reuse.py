@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 import rbpjax
 from rbpjax._core import reuse
@@ -172,6 +171,8 @@ def test_whatever_f_reads_is_read_at_each_call(change):
 
 def test_a_module_that_is_trained():
     """An nnx module closed over: no compilation after the first, and no old weights."""
+
+    nnx = pytest.importorskip("flax").nnx
 
     class Cell(nnx.Module):
         def __init__(self):

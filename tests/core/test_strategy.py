@@ -22,6 +22,7 @@ STRATEGIES = {
     "forward_all": FixedPointIteration(max_steps=7, tol=1e-3, damping=0.25),
     "forward_anderson": rbpjax.Anderson(),
     "forward_rre": rbpjax.RRE(),
+    "hybrid": rbpjax.Hybrid(),
     "newton": Newton(),
     "newton_nested": Newton(CGNormal(tol=1e-3), max_steps=7, tol=1e-4, warmup=2),
     "cg": rbpjax.CG(),
@@ -43,7 +44,13 @@ few = pytest.mark.parametrize(
         for name, make in STRATEGIES.items()
     ],
 )
-FORWARD = (FixedPointIteration, rbpjax.Anderson, rbpjax.RRE, Newton)
+FORWARD = (
+    FixedPointIteration,
+    rbpjax.Anderson,
+    rbpjax.RRE,
+    rbpjax.Hybrid,
+    Newton,
+)
 
 
 def test_every_public_strategy_is_in_the_table():

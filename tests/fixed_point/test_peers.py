@@ -74,13 +74,16 @@ def _given(step, h0):
 
 
 def test_optimistix_93_no_dense_jacobian():
-    """A state of 128 × 256: some states of temporary memory, not its square (8 GiB)."""
+    """A state of 128 × 256: some states of temporary memory, not its square (8 GiB).
+
+    Of the default's Newton phase a basis of ten, twice, beside what else it carries.
+    """
     x = jnp.ones((128, 256), jnp.float32)
     w = jnp.eye(256, dtype=jnp.float32) * 0.5
     solve = rbpjax.rbp_solve(lambda w, x, h: jnp.tanh(h @ w + x))
     grad = jax.grad(lambda w: jnp.sum(solve(w, x, jnp.zeros_like(x)).value))
     compiled = jax.jit(grad).lower(w).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 20 * x.nbytes
+    assert compiled.memory_analysis().temp_size_in_bytes < 40 * x.nbytes
 
 
 def test_jaxopt_31_and_111_closures_receive_gradients():

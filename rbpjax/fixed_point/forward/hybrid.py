@@ -11,7 +11,7 @@ from jax import lax
 
 from rbpjax._core import tree
 from rbpjax._core.arnoldi import Krylov, arnoldi
-from rbpjax._core.step import has_products
+from rbpjax._core.step import has_sure_products
 from rbpjax._core.strategy import count, strategy, tolerance
 from rbpjax.fixed_point.forward.anderson import Anderson
 from rbpjax.fixed_point.forward.iteration import FixedPointIteration
@@ -26,7 +26,7 @@ from rbpjax.types import PyTree, Solution
 PATIENCE = 30
 """Plain steps that are worth waiting for."""
 DIMENSION = 30
-"""Of the Krylov space; the whole one for up to 60 numbers, fewer from 2¹⁷ on."""
+"""Of the Krylov space: the whole one for up to 60 numbers, a third from 2¹² on."""
 SHORTEST = 2.0**-10
 """Of a step; a direction that is no better so near is wrong."""
 WAIT = 150
@@ -56,7 +56,7 @@ class Hybrid:
 
     Cost: where plain iteration takes up to about 25 steps, the same evaluations of f;
     else evaluations and products with J, which ``num_products`` counts together.
-    Memory: 31 states, or fewer from 2¹⁷ numbers on. AD modes: none of its own;
+    Memory: about 20 states, for less than 2¹² numbers 60. AD modes: none of its own;
     ``rbp_solve`` gives its gradient.
 
     Attributes:
@@ -118,7 +118,7 @@ class Hybrid:
             units=jnp.ones_like(units),
             good=jnp.ones_like(plain.good),
         )
-        if not has_products(step, h0):
+        if not has_sure_products(step, h0):
             search, k = Anderson(max_steps=self.max_steps).run(scaled, search, k, tol)
             found = search.solution(k, tol, self.max_steps)
         else:
@@ -147,7 +147,7 @@ def newton_krylov(
     numbers = sum(
         u.size * (2 if jnp.iscomplexobj(u) else 1) for u in jax.tree.leaves(h0)
     )
-    dimension = min(DIMENSION, max(8, DIMENSION * 2**17 // numbers))
+    dimension = DIMENSION if numbers <= 2**12 else DIMENSION // 3
     dimension = numbers if numbers <= 2 * DIMENSION else dimension
 
     def unfinished(now: _State) -> jax.Array:
