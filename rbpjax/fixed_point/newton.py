@@ -82,8 +82,8 @@ class Newton:
         """Solves h = step(h) from ``h0``."""
         if not has_products(step, h0):
             raise TypeError(
-                f"{self!r} needs products with J, and f holds a function with a backward "
-                "pass of its own (custom_vjp, as rbp_solve is), which has none. Take a "
+                f"{self!r} needs products with J, and f has a function without, which "
+                "has a backward pass of its own (custom_vjp, as rbp_solve has). Take a "
                 "solver that only evaluates f, such as Anderson()."
             )
         tol = tree.default_tol(h0) if self.tol is None else self.tol

@@ -312,7 +312,10 @@ def _own_sizes(vjp: LinearMap, g: PyTree) -> tuple[PyTree, PyTree, PyTree, jax.A
     the first terms of the series; ``now`` is the sum of k + 1 terms, ``before`` of k.
     """
     leaves, treedef = jax.tree.flatten(g)
-    size = lambda x: jnp.stack([tree.to_unit(u)[1] for u in jax.tree.leaves(x)])
+    dtype = tree.real_dtype(g)
+    size = lambda x: jnp.stack(
+        [tree.to_unit(u)[1].astype(dtype) for u in jax.tree.leaves(x)]
+    )
 
     def unseen(sums: tuple) -> jax.Array:
         *_, sizes, k = sums
