@@ -23,3 +23,39 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 def key():
     """A fixed PRNG key."""
     return jax.random.key(0)
+
+
+# Whole modules of the long form, as the marker ``full`` makes it: with them the default
+# suite would take more than five minutes on two cores.
+LONG = (
+    "tests/benchmarks/citation",
+    "tests/benchmarks/comparison",
+    "tests/benchmarks/hopfield",
+    "tests/benchmarks/hyperopt",
+    "tests/benchmarks/perturb",
+    "tests/benchmarks/rooms",
+    "tests/benchmarks/unitary",
+    "tests/core/test_convolution.py",
+    "tests/core/test_products.py",
+    "tests/fixed_point/backward/test_rounding.py",
+    "tests/fixed_point/backward/test_units.py",
+    "tests/fixed_point/backward/test_warm.py",
+    "tests/fixed_point/test_bound.py",
+    "tests/fixed_point/test_implicit.py",
+    "tests/fixed_point/test_own_solvers.py",
+    "tests/fixed_point/test_products.py",
+    "tests/fixed_point/test_sharding.py",
+    "tests/fixed_point/test_speech.py",
+    "tests/fixed_point/test_states.py",
+    "tests/fixed_point/test_two_processes.py",
+    "tests/peers",
+    "tests/perturb/test_contract.py",
+)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Marks the tests of the long modules."""
+    for item in items:
+        path = item.path.relative_to(config.rootpath).as_posix()
+        if path.startswith(LONG):
+            item.add_marker(pytest.mark.full)

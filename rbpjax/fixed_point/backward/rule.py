@@ -298,7 +298,7 @@ class System(NamedTuple):
 
         def leaf(r: jax.Array, *others: jax.Array) -> jax.Array:
             # Small leaves of unscaled states have squares that vanish.
-            size = lambda u: tree.to_unit(u)[1]
+            size = lambda u: tree.to_unit(u)[1].astype(total.dtype)
             return ratio(size(r), jnp.stack(list(map(size, others))).max())
 
         leaves = jax.tree.map(leaf, r, self.g, z, image)
