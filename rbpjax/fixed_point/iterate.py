@@ -259,8 +259,10 @@ def reached(travelled: PyTree, h: PyTree, look: Look, before: jax.Array) -> jax.
 
     The largest of the steps so far, those before fading by a factor of 4 each.
     """
-    step = Look.at(travelled, h).merit(look.size)
-    return jnp.maximum(ratio(step, look.merit(look.size)), before / 4)
+    step, residual = Look.at(travelled, h).merit(look.size), look.merit(look.size)
+    # Where no residual is left, nothing new is known.
+    known = jnp.maximum(ratio(step, residual), before / 4)
+    return jnp.where(residual == 0, before, known)
 
 
 def unknown_reach(tol: float | jax.Array, h: PyTree) -> float | jax.Array:

@@ -193,7 +193,8 @@ def newton_krylov(
         shift = jnp.where(now.attempt == 1, ratio(merit, scale), 0)
         y, smallest = _least_squares(krylov, beta, shift)
         # The length of the step, and of what it may leave out, relative to the state.
-        left = jnp.maximum(krylov.left * beta, rounding) / smallest
+        left = jnp.maximum(krylov.left * beta, rounding)
+        left = jnp.where(left == 0, 0, left / smallest)  # at rest at zero
         smallest_leaf = jnp.min(jnp.where(look.size > eps, look.size, 1))
         error = (jnp.linalg.norm(y) + left) / smallest_leaf
         certain = (error <= error_tol(tol)) & (krylov.left <= 0.9)

@@ -129,6 +129,7 @@ class FixedPointIteration:
             after = next_look(every, k, span, residual, before.last, goal)
             if patience is not None:
                 left = jnp.log(goal / residual) / jnp.log(slower)
+                left = jnp.where(slower < 1, left, jnp.inf)
                 lost = k - 1 - search.num_steps
                 good = ((k < 5) | (left <= patience)) & (lost < 3)
                 search = search._replace(good=search.good & good)
