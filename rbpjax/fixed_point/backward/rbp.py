@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from rbpjax._core import sharding, tree
 from rbpjax._core.strategy import count, function, strategy
@@ -74,7 +75,7 @@ class RBP:
             z0 = g if self.seed is None else _uniform(self.seed, g, system.size)
         else:
             z0 = begin.z
-        found = apply_solver(self.solver, lambda z: tree.add(g, vjp(z)), z0)
+        found = self._from(lambda z: tree.add(g, vjp(z)), z0)
         products = begin.num_products + found.num_products
         end = begin._replace(
             z=found.value, num_steps=found.num_steps, num_products=products
@@ -92,6 +93,35 @@ class RBP:
         finite = solution.status != Status.NOT_FINITE
         status = jnp.where(finite, status, jnp.int32(Status.NOT_FINITE))
         return solution._replace(status=status, converged=status == Status.CONVERGED)
+
+    def _from(self, step: LinearMap, z0: PyTree) -> Solution:
+        """The solver's z, from a start that may be many times larger.
+
+        Beside such a start z is nothing, and a solver comes to rest before it has it:
+        while z comes out far smaller than the start, it is the next one.
+        """
+        found = apply_solver(self.solver, step, z0)
+        if self.seed is None or getattr(self.solver, "steps", None) is not None:
+            return found
+
+        def dwarfed(passes: tuple[Solution, jax.Array]) -> jax.Array:
+            found, start = passes
+            return found.converged & (tree.to_unit(found.value)[1] < FAR * start)
+
+        def again(passes: tuple[Solution, jax.Array]) -> tuple[Solution, jax.Array]:
+            before, _ = passes
+            now = apply_solver(self.solver, step, before.value)
+            now = now._replace(
+                num_steps=before.num_steps + now.num_steps,
+                num_products=before.num_products + now.num_products,
+            )
+            return now, tree.to_unit(before.value)[1]
+
+        return lax.while_loop(dwarfed, again, (found, tree.to_unit(z0)[1]))[0]
+
+
+FAR = 1e-3
+"""Of its start, a size of z from which the solver goes on from it."""
 
 
 def _uniform(seed: int, g: PyTree, size: jax.Array) -> PyTree:

@@ -307,6 +307,9 @@ def test_rbp_from_a_start_that_dwarfs_the_cotangent_is_not_converged():
     jac = 0.995 * jnp.eye(4)
     rule = RBP(FixedPointIteration(tol=0.01), seed=0)
     solution = adjoint(rule, jac, jnp.full(4, 1e-6))
+    g = jnp.full(4, 1e-6)
+    left = jnp.linalg.norm(g + jac @ solution.value - solution.value)
+    assert_close(solution.residual, left / jnp.linalg.norm(g), 1e-6)
     assert solution.residual > 1 and not solution.converged
     # From g itself the iteration is right, to tol ‖(I - J)⁻¹‖ = 2e-6, and says so.
     solver = FixedPointIteration(max_steps=5000, tol=1e-8)
