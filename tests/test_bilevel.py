@@ -179,3 +179,18 @@ def test_the_remedy_for_counters_and_small_steps():
             grads["decay"].astype(jnp.float64), decay_bar, rtol=1e-3
         )
         assert report.converged == 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_plain_iteration_rests_though_the_momentum_is_all_rounding(dtype):
+    """The momentum tends to zero, and never gets below the rounding of its terms."""
+    cast = lambda tree: jax.tree.map(lambda u: jnp.asarray(u, dtype), tree)
+    solve = rbpjax.rbp_solve(STEP, forward=FixedPointIteration(max_steps=5000))
+    params = cast(PARAMS)
+    begin = cast((jnp.zeros(N), make(params).init(jnp.zeros(N, dtype))))
+    found = jax.jit(solve)(params, cast(INPUTS), begin)
+    assert found.converged and found.num_products < 2000
+    right = jnp.linalg.solve(A + jnp.diag(PARAMS["decay"]), B)
+    error = jnp.linalg.norm(found.value[0].astype(float) - right)
+    # What converged promises, for a condition of about 10.
+    assert error <= float(jnp.finfo(dtype).eps) ** 0.5 * jnp.linalg.norm(right)

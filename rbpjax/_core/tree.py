@@ -203,6 +203,16 @@ def rounding(x: PyTree) -> jax.Array:
     return jnp.linalg.norm(jnp.stack(parts)) if len(parts) > 1 else parts[0]
 
 
+def last_places(h: PyTree) -> PyTree:
+    """An error of one unit in the last place of each entry, of alternating sign."""
+
+    def leaf(u: jax.Array) -> jax.Array:
+        signs = jnp.where(jnp.arange(u.size) % 2, -1, 1).reshape(u.shape)
+        return (jnp.finfo(u.dtype).eps * signs).astype(u.dtype) * u
+
+    return jax.tree.map(leaf, h)
+
+
 def all_finite(x: PyTree) -> jax.Array:
     """Whether every entry is finite."""
     leaves = [jnp.all(jnp.isfinite(u)) for u in jax.tree.leaves(x)]

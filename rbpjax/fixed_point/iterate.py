@@ -155,6 +155,8 @@ class Search(NamedTuple):
       merit: the size of its residual, by which it is the best.
       units: the size of each leaf when it was first looked at and not zero.
       last: the relative residual at the last look.
+      last_merit: the size of the residual there, by which its rate is measured: beside
+        a leaf that tends to zero the relative one does not fall.
       done: whether the last look met the tolerance.
       good: whether there is hope: residuals neither stay where they are nor explode.
     """
@@ -165,6 +167,7 @@ class Search(NamedTuple):
     merit: jax.Array
     units: jax.Array
     last: jax.Array
+    last_merit: jax.Array
     done: jax.Array
     good: jax.Array
 
@@ -176,7 +179,8 @@ class Search(NamedTuple):
         zeros = jnp.stack([0 / infinity for _ in jax.tree.leaves(h0)])
         never = infinity < 0
         before = never.astype(jnp.int32) - 1
-        return cls(h0, before, infinity, infinity, zeros, infinity, never, ~never)
+        sizes = (infinity, infinity, zeros, infinity, infinity)
+        return cls(h0, before, *sizes, never, ~never)
 
     def residual_at(self, look: Look, h: PyTree) -> jax.Array:
         """The relative residual of a look at ``h``."""
@@ -213,9 +217,20 @@ class Search(NamedTuple):
             jnp.where(better, merit, self.merit),
             units,
             residual,
+            merit,
             done,
             (merit * eps <= self.merit) & ~stuck,  # False for NaN
         )
+
+    def rate(self, look: Look) -> tuple[jax.Array, jax.Array]:
+        """By what residuals fell since the last look, and whether that means anything.
+
+        Not at the first look, and not at rounding.
+        """
+        merit = look.merit(jnp.where(self.units == 0, look.size, self.units))
+        eps = float(jnp.finfo(merit.dtype).eps)
+        measured = jnp.isfinite(self.last_merit) & (merit > 8 * eps)
+        return ratio(merit, self.last_merit), measured
 
     def unfinished(self, k: jax.Array, max_steps: int | jax.Array) -> jax.Array:
         """Whether to go on after ``k`` evaluations."""

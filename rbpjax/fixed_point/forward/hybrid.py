@@ -160,7 +160,7 @@ def newton_krylov(
         # What passes through J, and what the products of two parts differ by from that
         # of the whole: where terms of f cancel, rounding is that of the terms; and f
         # may compute in a lower precision than its state.
-        whole = tree.scale(1 / eps, _rounding(now.h))
+        whole = tree.scale(1 / eps, tree.last_places(now.h))
         part = _share(whole)
         flow = jvp(whole)
         sums = tree.add(jvp(part), jvp(tree.sub(whole, part)))
@@ -181,7 +181,7 @@ def newton_krylov(
 
         # Where the residual is lost in rounding, an error of rounding is looked at.
         r = tree.sub(image, now.h)
-        r = tree.where(residual > eps / 4, r, _rounding(now.h))
+        r = tree.where(residual > eps / 4, r, tree.last_places(now.h))
         v, beta = tree.to_unit(r)
         fallen = ratio(merit, now.merit)
         enough = jnp.clip(0.9 * fallen * fallen, 1e-3, 0.1)
@@ -246,16 +246,6 @@ def newton_krylov(
         search=search._replace(done=jnp.zeros_like(search.done)),
     )
     return lax.while_loop(unfinished, body, begin)
-
-
-def _rounding(h: PyTree) -> PyTree:
-    """An error of one unit in the last place of each entry, of alternating sign."""
-
-    def leaf(u: jax.Array) -> jax.Array:
-        signs = jnp.where(jnp.arange(u.size) % 2, -1, 1).reshape(u.shape)
-        return (jnp.finfo(u.dtype).eps * signs).astype(u.dtype) * u
-
-    return jax.tree.map(leaf, h)
 
 
 def _share(h: PyTree) -> PyTree:

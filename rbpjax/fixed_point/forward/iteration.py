@@ -17,12 +17,13 @@ from rbpjax.fixed_point.iterate import (
     Search,
     error_tol,
     judged,
+    leaf_eps,
     meets,
     next_look,
     ratio,
     unknown_reach,
 )
-from rbpjax.types import PyTree, Solution
+from rbpjax.types import PyTree, Solution, Status
 
 
 @strategy
@@ -86,7 +87,32 @@ class FixedPointIteration:
             h = lax.fori_loop(0, self.steps, lambda _, h: self._mix(step(h), h), h0)
             return judged(step, h, self.steps, tol, self.damping)
         end = self.run(step, h0, tol)
-        return end.kept().solution(end.k, tol, self.max_steps)
+        found = end.kept().solution(end.k, tol, self.max_steps)
+        if len(jax.tree.leaves(h0)) == 1:
+            return found
+        # A leaf may come to rest at nothing but the rounding of what cancels in it.
+        stuck = found.status == Status.STAGNATED
+        return lax.cond(stuck, lambda: self._at_rounding(step, end, tol), lambda: found)
+
+    def _at_rounding(
+        self, step: Callable[[PyTree], PyTree], end: Iterates, tol: float | jax.Array
+    ) -> Solution:
+        """The solution with leaves measured by what passes through f to them, too.
+
+        That is what rounding errors of the state make of it: one evaluation of f.
+        """
+        moved = step(tree.add(end.h, tree.last_places(end.h)))
+        flow = Look.at(moved, end.image).change / leaf_eps(end.h)
+        look = Look.at(end.image, end.h)
+        look = look._replace(size=jnp.maximum(look.size, flow))
+        known = (end.rate >= 0) & (end.rate < 1)
+        reach = (1 - self.damping) / jnp.where(known, 1 - end.rate, 0)
+        residual = end.search.residual_at(look, end.h)
+        done = meets(residual, reach, tol)
+        last = end.search._replace(
+            value=end.h, num_steps=end.k - 1, residual=residual, done=done
+        )
+        return last.solution(end.k + 1, tol, self.max_steps)
 
     def run(
         self,
@@ -96,7 +122,6 @@ class FixedPointIteration:
         patience: int | None = None,
     ) -> Iterates:
         """The loop; with ``patience`` it ends where more steps than that are left."""
-        eps = tree.coarsest_eps(h0)
 
         def unfinished(now: Iterates) -> jax.Array:
             return now.search.unfinished(now.k, self.max_steps)
@@ -112,10 +137,8 @@ class FixedPointIteration:
         def look(now: Iterates) -> Iterates:
             k, before, found = now.k, now.search, Look.at(now.image, now.h)
             residual = before.residual_at(found, now.h)
-            fallen = ratio(residual, before.last)
+            fallen, measured = before.rate(found)
             span = (k - now.looked).astype(fallen.dtype)
-            # At rounding, residuals say nothing of a rate any more.
-            measured = (now.looked > 0) & (residual > 8 * eps)
             rate = jnp.where(measured, fallen ** (1 / span), now.rate)
             slower = jnp.maximum(rate, now.rate)
             reach = (1 - self.damping) / (1 - slower)
@@ -131,7 +154,7 @@ class FixedPointIteration:
                 left = jnp.log(goal / residual) / jnp.log(slower)
                 left = jnp.where(slower < 1, left, jnp.inf)
                 lost = k - 1 - search.num_steps
-                good = ((k < 5) | (left <= patience)) & (lost < 3)
+                good = ((k < EARLY) | (left <= patience)) & (lost < 3)
                 search = search._replace(good=search.good & good)
             due = k + jnp.minimum(after, self.max_steps + 1 - k)
             rank = ratio(found.merit(search.units), search.merit)
@@ -149,6 +172,10 @@ class FixedPointIteration:
         if self.damping == 0.0:
             return image
         return tree.axpy(self.damping, tree.sub(h, image), image)
+
+
+EARLY = 25
+"""Evaluations before which nothing is called slow: some maps are so at first only."""
 
 
 class Iterates(NamedTuple):

@@ -16,7 +16,6 @@ from rbpjax.fixed_point.iterate import (
     Look,
     Search,
     meets,
-    ratio,
     reached,
     unknown_reach,
 )
@@ -88,12 +87,11 @@ class RRE:
             rows = tree.put(now.rows, j, tree.sub(image, now.h))
             look = Look.at(image, now.h)
             # The distance per residual: by the rate of plain steps, or the last leap.
-            residual = now.search.residual_at(look, now.h)
-            rate = ratio(residual, now.search.last)
+            rate, measured = now.search.rate(look)
             steps = jnp.where(rate < 1, 1 / (1 - rate), jnp.inf)
-            rounded = tree.coarsest_eps(now.h) * 8
-            plain = (j > 0) & (residual > rounded)
-            reach = jnp.maximum(jnp.where(plain, steps, 0), now.reach)
+            plain = jnp.where((j > 0) & measured, steps, 0)
+            residual = now.search.residual_at(look, now.h)
+            reach = jnp.maximum(plain, now.reach)
             reach = jnp.where(now.k == 0, unknown_reach(tol, now.h), reach)
             done = meets(residual, reach, tol)
             search = now.search.looked(look, now.h, now.k, done, 150)
