@@ -101,8 +101,7 @@ def error_bound(
     )
     d = tree.scale(amplified, error)
     away = forward(d) * beside.astype(size.dtype)
-    moved, moved_vjp = jax.vjp(step, args, tree.add(h, d))
-    del moved
+    _, moved_vjp = jax.vjp(step, args, tree.add(h, d))
     other_gradient, other_product = moved_vjp(z)
     bend = backward(tree.sub(other_product, product))
     adjoint = ratio(amplified * (backward(r) + rounding + bend), backward(z))

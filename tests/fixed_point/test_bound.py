@@ -42,9 +42,10 @@ SOLVES = {
 
 @pytest.mark.parametrize("name", SOLVES)
 def test_bounds_hold_within_their_factor_and_decide(name):
-    """60 networks: never exceeded tenfold, and ``converged`` is the comparison.
+    """60 networks: hardly exceeded, not idle, and ``converged`` is the comparison.
 
-    The cotangent is constant, so that the bound covers the whole gradient.
+    The cotangent is constant, so that the bound covers the whole gradient. An estimate
+    is right to a small factor; one that were ten times too large would be of no use.
     """
     forward, backward = SOLVES[name]
     solve = rbpjax.rbp_solve(network, forward=forward, backward=backward)
@@ -64,14 +65,16 @@ def test_bounds_hold_within_their_factor_and_decide(name):
     batch = [jnp.stack(parts) for parts in zip(*drawn, strict=True)]
     error, report = jax.jit(jax.vmap(both))(*batch)
     stated = np.isfinite(report.bound)
-    assert np.all(error[stated] <= 10 * report.bound[stated])
+    assert np.all(error[stated] <= 3 * report.bound[stated])
     accuracy = float(jnp.finfo(jnp.float64).eps) ** 0.5
     assert np.array_equal(report.converged == 1, report.bound <= accuracy)
     assert not np.any((report.converged == 1) & (error > 10 * accuracy))
-    if name == "defaults":
-        assert np.mean(report.converged) > 0.9
-    if name in ("few steps", "few terms"):
-        assert np.mean(report.converged) < 0.5
+    if name == "few steps":  # of a state not at rest nothing is said
+        assert not stated.any()
+        return
+    assert stated.mean() > 0.7
+    assert np.median(error[stated] / report.bound[stated]) > 0.1
+    assert np.all(report.converged == float(name == "defaults"))
 
 
 def test_a_failed_forward_solve_is_never_converged():
