@@ -14,13 +14,8 @@ from rbpjax._core import reuse, sharding, tree
 from rbpjax._core.step import ClosedStep, close, select_state, with_aux
 from rbpjax._core.strategy import strategy
 from rbpjax.fixed_point.backward.adaptive import Adaptive
-from rbpjax.fixed_point.iterate import (
-    apply_solver,
-    check_solution,
-    check_solver,
-    relative_change,
-    status_of,
-)
+from rbpjax.fixed_point.contract import apply_solver, check_solution, check_solver
+from rbpjax.fixed_point.iterate import relative_change, status_of
 from rbpjax.fixed_point.newton import Newton
 from rbpjax.fixed_point.report import AdjointReport
 from rbpjax.fixed_point.solve import rbp_solve

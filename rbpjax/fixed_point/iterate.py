@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
@@ -12,8 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rbpjax._core import sharding, tree
-from rbpjax._core.step import check_like
-from rbpjax.types import ForwardSolver, PyTree, Solution, Status
+from rbpjax.types import PyTree, Solution, Status
 
 C = TypeVar("C")
 
@@ -331,64 +329,3 @@ def status_of(
     status = pick(exhausted, Status.OUT_OF_BUDGET, jnp.int32(Status.STAGNATED))
     status = pick(small, pick(resolved, Status.CONVERGED, Status.ROUNDING), status)
     return pick(jnp.isfinite(residual), status, Status.NOT_FINITE)
-
-
-def apply_solver(
-    solver: ForwardSolver, step: Callable[[PyTree], PyTree], h0: PyTree
-) -> Solution:
-    """``solver(step, h0)``, checked to be a solution like the start."""
-    check_solver(solver)
-    return check_solution(solver(step, h0), h0, f"the forward solver {solver!r}")
-
-
-def check_solver(solver: ForwardSolver) -> None:
-    """Raises ValueError where a backward rule stands in a solver's place."""
-    if first_parameter(solver) == "vjp":
-        raise ValueError(
-            f"{solver!r} is a backward rule, called as rule(vjp, cotangent); a forward "
-            "solver is called as solver(step, h0). A rule finds fixed points inside "
-            f"Newton: Newton({solver!r})."
-        )
-
-
-def no_forward_mode(error: TypeError) -> bool:
-    """Whether it is JAX's refusal of forward mode through a ``custom_vjp``."""
-    return str(error).startswith("can't apply forward-mode")
-
-
-def first_parameter(function: Callable) -> str | None:
-    """The name of the first parameter: by it solvers and rules are told apart."""
-    try:
-        return next(iter(inspect.signature(function).parameters), None)
-    except (TypeError, ValueError):  # built-in functions have no signature
-        return None
-
-
-def check_solution(solution: object, like: PyTree, source: str) -> Solution:
-    """``solution`` with array fields, or ValueError if it is not one for ``like``.
-
-    What a solver of a user's own left out is filled in: no steps, as many products as
-    steps, an unknown residual (NaN), and a status or verdict from the other.
-    """
-    if not isinstance(solution, Solution):
-        raise ValueError(
-            f"{source} must return rbpjax.Solution(value=…, converged=…, …); got "
-            f"{type(solution).__name__}."
-        )
-    value, steps, products, residual, status, converged, _ = solution
-    check_like(value, like, f"the value returned by {source}", "the start")
-    if status is None and converged is None:
-        raise ValueError(
-            f"{source} must say whether it converged: Solution(value=…, converged=…)."
-        )
-    if status is None:
-        failed = jnp.int32(Status.OUT_OF_BUDGET)
-        status = jnp.where(converged, jnp.int32(Status.CONVERGED), failed)
-    if converged is None:
-        converged = jnp.asarray(status) == Status.CONVERGED
-    steps = 0 if steps is None else steps
-    products = steps if products is None else products
-    residual = jnp.array(jnp.nan) if residual is None else residual
-    kinds = (jnp.int32, jnp.int32, None, jnp.int32, jnp.bool)
-    fields = (steps, products, residual, status, converged)
-    return Solution(value, *map(jnp.asarray, fields, kinds))

@@ -41,8 +41,8 @@ from rbpjax._core.step import (
 from rbpjax.fixed_point.backward.adaptive import Adaptive
 from rbpjax.fixed_point.backward.rule import apply_rule, check_rule
 from rbpjax.fixed_point.bound import error_bound
+from rbpjax.fixed_point.contract import apply_solver, check_solver
 from rbpjax.fixed_point.forward.hybrid import Hybrid
-from rbpjax.fixed_point.iterate import apply_solver, check_solver, no_forward_mode
 from rbpjax.fixed_point.report import AdjointReport, as_probe, reported
 from rbpjax.fixed_point.speech import (
     Line,
@@ -124,6 +124,11 @@ def _solve_bwd(step, solver, rule, saved, cotangents):
 
 
 _solve.defvjp(_solve_fwd, _solve_bwd)
+
+
+def _no_forward_mode(error: TypeError) -> bool:
+    """Whether it is JAX's refusal of forward mode through a ``custom_vjp``."""
+    return str(error).startswith("can't apply forward-mode")
 
 
 def _solved(
@@ -271,7 +276,7 @@ def rbp_solve(
         try:
             solution = reuse.run(_solved, (step, *options), args, h0, probe)
         except TypeError as error:
-            if not no_forward_mode(error):
+            if not _no_forward_mode(error):
                 raise
             raise TypeError(_NO_FORWARD_MODE) from error
         value, *diagnostics = solution

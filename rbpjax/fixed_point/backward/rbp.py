@@ -9,8 +9,9 @@ from jax import lax
 from rbpjax._core import sharding, tree
 from rbpjax._core.strategy import count, function, strategy
 from rbpjax.fixed_point.backward.rule import System
+from rbpjax.fixed_point.contract import apply_solver
 from rbpjax.fixed_point.forward.iteration import FixedPointIteration
-from rbpjax.fixed_point.iterate import apply_solver, status_of
+from rbpjax.fixed_point.iterate import status_of
 from rbpjax.types import ForwardSolver, LinearMap, PyTree, Solution, Status
 
 

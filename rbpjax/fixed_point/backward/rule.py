@@ -27,13 +27,8 @@ from jax import lax
 
 from rbpjax._core import sharding, tree
 from rbpjax._core.convolution import channels_last
-from rbpjax.fixed_point.iterate import (
-    check_solution,
-    first_parameter,
-    ratio,
-    repeat,
-    status_of,
-)
+from rbpjax.fixed_point.contract import check_solution, first_parameter
+from rbpjax.fixed_point.iterate import ratio, repeat, status_of
 from rbpjax.types import BackwardRule, LinearMap, PyTree, Solution, Status
 
 UNRESOLVED = 0.25
