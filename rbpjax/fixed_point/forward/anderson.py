@@ -85,13 +85,8 @@ class Anderson:
         search: Search,
         k: jax.Array,
         tol: float | jax.Array,
-        patience: int | None = None,
     ) -> tuple[Search, jax.Array]:
-        """The loop from the best point of a search that took ``k`` evaluations.
-
-        With ``patience`` it ends where more evaluations than that are left, the state
-        is near one in magnitude, and that the residual is small is enough.
-        """
+        """The loop from the best point of a search that took ``k`` evaluations."""
         h0 = search.value
         dtype = tree.real_dtype(h0)
         eps = float(jnp.finfo(dtype).eps)
@@ -103,7 +98,7 @@ class Anderson:
 
         def body(now: _State) -> _State:
             image = step(now.h)
-            look = (Look.at if patience is None else Look.near_one)(image, now.h)
+            look = Look.at(image, now.h)
             r = tree.sub(image, now.h)
             mixed = image if beta == 1.0 else tree.axpy(beta, r, now.h)
             # The newest differences replace the oldest; in the first step there is
@@ -120,30 +115,18 @@ class Anderson:
             h = mixed
             for i in range(m):  # one pass over the rows, where a product takes two
                 h = tree.axpy(-gamma[i], tree.take(rows.mixed, i), h)
-            residual = now.search.residual_at(look, now.h)
-            done = meets(residual, now.reach, tol)
+            done = meets(now.search.residual_at(look, now.h), now.reach, tol)
             search = now.search.looked(look, now.h, now.k, done, STUCK)
-            if patience is not None:
-                taken = now.k - k
-                fallen = jnp.log(residual / now.first) / taken.astype(dtype)
-                left = jnp.log(tol / residual) / fallen
-                slow = (taken >= patience // 2) & ~(left <= patience)
-                search = search._replace(good=search.good & ~slow)
-                reach = jnp.full_like(now.reach, 0)  # whoever goes on knows it better
-            else:
-                # How far it goes from here per residual, where it does not end.
-                reach = reached(h, now.h, look, jnp.where(first, 0, now.reach))
-            residual = jnp.where(first, residual, now.first)
-            last = _Pair(mixed, r)
-            return _State(h, last, rows, gram, now.k + 1, reach, residual, search)
+            # How far it goes from here per residual, where it does not end.
+            reach = reached(h, now.h, look, jnp.where(first, 0, now.reach))
+            return _State(h, _Pair(mixed, r), rows, gram, now.k + 1, reach, search)
 
         history = tree.empty_rows(m, h0)
         gram = sharding.vary_like(jnp.zeros((m, m), dtype), h0)
         last, rows = _Pair(h0, tree.scale(0.0, h0)), _Pair(history, history)
         reach = jnp.full_like(search.residual, unknown_reach(tol, h0))
         reach = sharding.vary_like(reach, h0)
-        first = search.residual
-        start = _State(h0, last, rows, gram, k, reach, first, search)
+        start = _State(h0, last, rows, gram, k, reach, search)
         end = lax.while_loop(unfinished, body, start)
         return end.search, end.k
 
@@ -175,7 +158,6 @@ class _State(NamedTuple):
     gram: jax.Array
     k: jax.Array
     reach: jax.Array
-    first: jax.Array
     search: Search
 
 

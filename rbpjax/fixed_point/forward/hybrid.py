@@ -36,7 +36,7 @@ ATTEMPTS = 3
 
 @strategy
 class Hybrid:
-    """Plain iteration while it converges, then Anderson, then Newton-Krylov steps.
+    """Plain iteration while it converges soon, and Newton-Krylov steps where not.
 
     1. Plain iteration h ← f(h), until it converges, more than about 30 steps are left
        at the rate so far, or it moves away.
@@ -56,8 +56,8 @@ class Hybrid:
 
     Cost: where plain iteration takes up to about 25 steps, the same evaluations of f;
     else evaluations and products with J, which ``num_products`` counts together.
-    Memory: about 20 states, for less than 2¹² numbers 60. AD modes: none of its own;
-    ``rbp_solve`` gives its gradient.
+    Memory: the Krylov basis of 10 states, of 30 for up to 2¹² numbers, and some twenty
+    more. AD modes: none of its own; ``rbp_solve`` gives its gradient.
 
     Attributes:
       tol: bound on the relative residual, leaf by leaf: ‖f(h) - h‖ / max(‖h‖, ‖f(h)‖)
