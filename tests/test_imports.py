@@ -81,11 +81,12 @@ def test_rooms_do_not_know_each_other():
 
 
 def test_fixed_point_is_built_upwards():
-    """iterate below forward below backward below the transform, and nothing back."""
+    """iterate, search, forward, backward, the transform, and nothing back."""
     below = {
         "contract": set(),
         "iterate": set(),
-        "forward": {"iterate"},
+        "search": {"iterate"},
+        "forward": {"iterate", "search"},
         "backward": {"contract", "iterate", "forward"},
     }
     for name, path in FILES.items():

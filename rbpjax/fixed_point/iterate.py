@@ -1,4 +1,4 @@
-"""What iterations share: the residual, when to look at it, the best state so far."""
+"""What iterations share: the residual, when to look at it, and what it says."""
 
 from __future__ import annotations
 
@@ -74,12 +74,16 @@ class Look(NamedTuple):
         return cls(*jnp.stack([leaf(u, v).astype(dtype) for u, v in pairs], axis=1))
 
     def residual(self, units: jax.Array, eps: jax.Array) -> jax.Array:
-        """The largest of the leaves' relative residuals; 0 for a leaf at rest at zero.
+        """The largest of the leaves' relative residuals."""
+        return jnp.max(self.relative(units, eps))
+
+    def relative(self, units: jax.Array, eps: jax.Array) -> jax.Array:
+        """The leaves' relative residuals; 0 for a leaf at rest at zero.
 
         ``units``: a size that each leaf has had. It is measured by no less than ``eps``
         times this, or a state that tends to zero would never come to rest.
         """
-        return jnp.max(ratio(self.change, jnp.maximum(self.size, eps * units)))
+        return ratio(self.change, jnp.maximum(self.size, eps * units))
 
     def merit(self, units: jax.Array) -> jax.Array:
         """The size of the residual itself, leaves in their ``units``.
@@ -137,115 +141,6 @@ def next_look(
     ahead = 0.75 * to_fall / fallen * jnp.asarray(since).astype(residual.dtype)
     most = k.astype(residual.dtype)
     return jnp.where(ahead >= 1, jnp.minimum(ahead, most), 1).astype(k.dtype)
-
-
-STUCK = 40
-"""Evaluations without a better iterate that end a search that stays where it is."""
-
-
-class Search(NamedTuple):
-    """How the search for a fixed point stands.
-
-    Attributes:
-      value: the best state of those looked at.
-      num_steps: steps taken to reach it; negative before the first look.
-      residual: its relative residual.
-      merit: the size of its residual, by which it is the best.
-      units: the size of each leaf when it was first looked at and not zero.
-      last: the relative residual at the last look.
-      last_merit: the size of the residual there, by which its rate is measured: beside
-        a leaf that tends to zero the relative one does not fall.
-      done: whether the last look met the tolerance.
-      good: whether there is hope: residuals neither stay where they are nor explode.
-    """
-
-    value: PyTree
-    num_steps: jax.Array
-    residual: jax.Array
-    merit: jax.Array
-    units: jax.Array
-    last: jax.Array
-    last_merit: jax.Array
-    done: jax.Array
-    good: jax.Array
-
-    @classmethod
-    def begin(cls, h0: PyTree) -> Search:
-        """Before the first look."""
-        infinity = jnp.array(jnp.inf, tree.real_dtype(h0))
-        infinity = sharding.vary_like(infinity, h0)
-        zeros = jnp.stack([0 / infinity for _ in jax.tree.leaves(h0)])
-        never = infinity < 0
-        before = never.astype(jnp.int32) - 1
-        sizes = (infinity, infinity, zeros, infinity, infinity)
-        return cls(h0, before, *sizes, never, ~never)
-
-    def residual_at(self, look: Look, h: PyTree) -> jax.Array:
-        """The relative residual of a look at ``h``."""
-        return look.residual(self.units, leaf_eps(h))
-
-    def looked(
-        self,
-        look: Look,
-        h: PyTree,
-        num_steps: jax.Array,
-        done: jax.Array,
-        patience: int = STUCK,
-    ) -> Search:
-        """With the state ``h`` looked at; ``done``: whether it meets the tolerance.
-
-        ``patience``: evaluations without a better iterate that are not too many.
-
-        The best has the smallest residual, in absolute terms, or is the answer. The
-        start is not preferred to what came of it, unless that is far worse: nothing was
-        computed there.
-        """
-        residual = self.residual_at(look, h)
-        units = jnp.where(self.units == 0, look.size, self.units)
-        merit = look.merit(units)
-        bonus = jnp.where(self.num_steps == 0, AWAY, 1)
-        better = done | (merit < bonus * self.merit)  # False for NaN
-        best = jnp.where(better, num_steps, self.num_steps)
-        stuck = (num_steps - best > patience) & (merit <= AWAY * self.merit)
-        eps = float(jnp.finfo(residual.dtype).eps)
-        return Search(
-            tree.where(better, h, self.value),
-            best,
-            jnp.where(better, residual, self.residual),
-            jnp.where(better, merit, self.merit),
-            units,
-            residual,
-            merit,
-            done,
-            (merit * eps <= self.merit) & ~stuck,  # False for NaN
-        )
-
-    def rate(self, look: Look) -> tuple[jax.Array, jax.Array]:
-        """By what residuals fell since the last look, and whether that means anything.
-
-        Not at the first look, and not at rounding.
-        """
-        merit = look.merit(jnp.where(self.units == 0, look.size, self.units))
-        eps = float(jnp.finfo(merit.dtype).eps)
-        measured = jnp.isfinite(self.last_merit) & (merit > 8 * eps)
-        return ratio(merit, self.last_merit), measured
-
-    def unfinished(self, k: jax.Array, max_steps: int | jax.Array) -> jax.Array:
-        """Whether to go on after ``k`` evaluations."""
-        return ~self.done & (k <= max_steps) & self.good
-
-    def solution(
-        self, k: jax.Array, tol: float | jax.Array, max_steps: int | jax.Array
-    ) -> Solution:
-        """What a solver returns after ``k`` evaluations."""
-        failed = status_of(self.residual, tol, k > max_steps, False)
-        status = jnp.where(self.done, jnp.int32(Status.CONVERGED), failed)
-        steps = jnp.maximum(self.num_steps, 0)
-        return Solution(self.value, steps, k, self.residual, status, self.done)
-
-
-AWAY = 10.0
-"""A residual larger by so much than the best: the solver moves away from it."""
 
 
 def meets(residual: jax.Array, reach: jax.Array, tol: float | jax.Array) -> jax.Array:

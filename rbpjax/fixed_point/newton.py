@@ -14,7 +14,8 @@ from rbpjax._core.step import has_products
 from rbpjax._core.strategy import count, function, strategy, tolerance
 from rbpjax.fixed_point.backward.adaptive import Adaptive
 from rbpjax.fixed_point.backward.rule import apply_rule
-from rbpjax.fixed_point.iterate import Look, Search, meets, reached, unknown_reach
+from rbpjax.fixed_point.iterate import Look, meets, reached, unknown_reach
+from rbpjax.fixed_point.search import Search
 from rbpjax.types import BackwardRule, PyTree, Solution
 
 SHORTEST = 2.0**-10  # of a step; a direction that is no better so near is wrong
@@ -95,10 +96,13 @@ class Newton:
         def body(now: _State) -> _State:
             image, jvp = jax.linearize(step, now.h)
             look, old = Look.at(image, now.h), now.search
+            if old.leaves is not None:
+                nudged = tree.add(image, jvp(tree.last_places(now.h)))
+                old = old.answered(nudged, image, now.h)
             units = jnp.where(old.units == 0, look.size, old.units)
             better = look.merit(units) < old.merit  # False for NaN
             done = meets(old.residual_at(look, now.h), now.reach, tol)
-            search = old.looked(look, now.h, now.k, done)
+            search = old.looked(look, now.h, now.k, done, tol)
             # Where it is not, and at the end, there is nothing to solve: of zero, the
             # rules make zero at once.
             wanted = better & ~search.done

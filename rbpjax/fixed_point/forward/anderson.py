@@ -13,11 +13,11 @@ from rbpjax._core import sharding, tree
 from rbpjax._core.strategy import count, real, strategy, tolerance
 from rbpjax.fixed_point.iterate import (
     Look,
-    Search,
     meets,
     reached,
     unknown_reach,
 )
+from rbpjax.fixed_point.search import Search
 from rbpjax.types import PyTree, Solution
 
 
@@ -97,7 +97,17 @@ class Anderson:
             return now.search.unfinished(now.k, self.max_steps)
 
         def body(now: _State) -> _State:
-            image = step(now.h)
+            image = step(now.search.to_evaluate(now.h, now.h))
+            if now.search.leaves is None:
+                return looked(now, image)
+            return lax.cond(now.search.leaves.asks, answered, looked, now, image)
+
+        def answered(now: _State, nudged: PyTree) -> _State:
+            image = tree.add(now.h, now.last.r)
+            search = now.search.answered(nudged, image, now.h)
+            return now._replace(k=now.k + 1, search=search)
+
+        def looked(now: _State, image: PyTree) -> _State:
             look = Look.at(image, now.h)
             r = tree.sub(image, now.h)
             mixed = image if beta == 1.0 else tree.axpy(beta, r, now.h)
@@ -116,9 +126,11 @@ class Anderson:
             for i in range(m):  # one pass over the rows, where a product takes two
                 h = tree.axpy(-gamma[i], tree.take(rows.mixed, i), h)
             done = meets(now.search.residual_at(look, now.h), now.reach, tol)
-            search = now.search.looked(look, now.h, now.k, done, STUCK)
+            search = now.search.looked(look, now.h, now.k, done, tol, STUCK)
             # How far it goes from here per residual, where it does not end.
             reach = reached(h, now.h, look, jnp.where(first, 0, now.reach))
+            if search.leaves is not None:  # it stays for one more evaluation near it
+                h = tree.where(search.leaves.asks, now.h, h)
             return _State(h, _Pair(mixed, r), rows, gram, now.k + 1, reach, search)
 
         history = tree.empty_rows(m, h0)

@@ -17,10 +17,11 @@ from rbpjax.fixed_point.forward.anderson import Anderson
 from rbpjax.fixed_point.forward.iteration import FixedPointIteration
 from rbpjax.fixed_point.iterate import (
     Look,
-    Search,
     error_tol,
+    leaf_eps,
     ratio,
 )
+from rbpjax.fixed_point.search import Search
 from rbpjax.types import PyTree, Solution
 
 PATIENCE = 30
@@ -108,7 +109,8 @@ class Hybrid:
 
         In variables of magnitude one, leaf by leaf: all leaves count alike.
         """
-        units = jnp.ldexp(jnp.ones_like(plain.units), jnp.frexp(plain.units)[1])
+        units = jnp.maximum(plain.units, self._flow(step, plain.value))
+        units = jnp.ldexp(jnp.ones_like(units), jnp.frexp(units)[1])
         inwards = lambda h: tree.cast_like(tree.scale_leaves(1 / units, h), h0)
         outwards = lambda u: tree.cast_like(tree.scale_leaves(units, u), h0)
         scaled = lambda u: inwards(step(outwards(u)))
@@ -117,6 +119,7 @@ class Hybrid:
             merit=jnp.full_like(plain.merit, jnp.inf),
             units=jnp.ones_like(units),
             good=jnp.ones_like(plain.good),
+            leaves=None,
         )
         if not has_sure_products(step, h0):
             search, k = Anderson(max_steps=self.max_steps).run(scaled, search, k, tol)
@@ -128,6 +131,18 @@ class Hybrid:
             goal = jnp.maximum(tol, 4 * end.noise)
             found = end.search.solution(end.k, goal, self.max_steps)
         return found._replace(value=outwards(found.value))
+
+    def _flow(self, step: Callable[[PyTree], PyTree], h: PyTree) -> jax.Array:
+        """What passes through f to each leaf of several: its size, but for cancelling.
+
+        A momentum that starts at rest is no unit to measure it by.
+        """
+        eps = leaf_eps(h)
+        if len(eps) == 1:
+            return 0 * eps
+        nudged = step(tree.add(h, tree.last_places(h)))
+        flow = Look.at(nudged, step(h)).change / eps
+        return jnp.where(jnp.isfinite(flow), flow, 0)
 
 
 def newton_krylov(
@@ -201,7 +216,7 @@ def newton_krylov(
         done = better & (residual <= tol) & certain & (4 * noise <= tol)
 
         k = now.k + 4
-        search = now.search.looked(look, now.h, k, done)
+        search = now.search.looked(look, now.h, k, done, tol)
         k += krylov.dim
         gained = better & (fresh | (merit < 0.7 * now.mark))
         since = jnp.where(gained, k, now.since)

@@ -12,18 +12,16 @@ from jax import lax
 from rbpjax._core import sharding, tree
 from rbpjax._core.strategy import count, real, strategy, tolerance
 from rbpjax.fixed_point.iterate import (
-    AWAY,
     Look,
-    Search,
     error_tol,
     judged,
-    leaf_eps,
     meets,
     next_look,
     ratio,
     unknown_reach,
 )
-from rbpjax.types import PyTree, Solution, Status
+from rbpjax.fixed_point.search import AWAY, Search
+from rbpjax.types import PyTree, Solution
 
 
 @strategy
@@ -87,32 +85,7 @@ class FixedPointIteration:
             h = lax.fori_loop(0, self.steps, lambda _, h: self._mix(step(h), h), h0)
             return judged(step, h, self.steps, tol, self.damping)
         end = self.run(step, h0, tol)
-        found = end.kept().solution(end.k, tol, self.max_steps)
-        if len(jax.tree.leaves(h0)) == 1:
-            return found
-        # A leaf may come to rest at nothing but the rounding of what cancels in it.
-        stuck = found.status == Status.STAGNATED
-        return lax.cond(stuck, lambda: self._at_rounding(step, end, tol), lambda: found)
-
-    def _at_rounding(
-        self, step: Callable[[PyTree], PyTree], end: Iterates, tol: float | jax.Array
-    ) -> Solution:
-        """The solution with leaves measured by what passes through f to them, too.
-
-        That is what rounding errors of the state make of it: one evaluation of f.
-        """
-        moved = step(tree.add(end.h, tree.last_places(end.h)))
-        flow = Look.at(moved, end.image).change / leaf_eps(end.h)
-        look = Look.at(end.image, end.h)
-        look = look._replace(size=jnp.maximum(look.size, flow))
-        known = (end.rate >= 0) & (end.rate < 1)
-        reach = (1 - self.damping) / jnp.where(known, 1 - end.rate, 0)
-        residual = end.search.residual_at(look, end.h)
-        done = meets(residual, reach, tol)
-        last = end.search._replace(
-            value=end.h, num_steps=end.k - 1, residual=residual, done=done
-        )
-        return last.solution(end.k + 1, tol, self.max_steps)
+        return end.kept().solution(end.k, tol, self.max_steps)
 
     def run(
         self,
@@ -127,44 +100,48 @@ class FixedPointIteration:
             return now.search.unfinished(now.k, self.max_steps)
 
         def body(now: Iterates) -> Iterates:
-            h = self._mix(now.image, now.h)
+            h = now.search.to_evaluate(self._mix(now.image, now.h), now.h)
             image, k = step(h), now.k + 1
-            now = now._replace(image=image, h=h, k=k)
             # One loop, not one inside another for the steps between two looks: the
             # compiler moves what f computes without h out of one, not out of two.
-            return lax.cond(k >= now.due, look, lambda now: now, now)
+            go_on = lambda now: lax.cond(now.k >= now.due, look, lambda now: now, now)
+            moved = now._replace(image=image, h=h, k=k)
+            if now.search.leaves is None:
+                return go_on(moved)
+            asks, answered = now.search.leaves.asks, now.answered
+            return lax.cond(asks, answered, lambda _: go_on(moved), image)
 
         def look(now: Iterates) -> Iterates:
             k, before, found = now.k, now.search, Look.at(now.image, now.h)
             residual = before.residual_at(found, now.h)
-            fallen, measured = before.rate(found)
-            span = (k - now.looked).astype(fallen.dtype)
-            rate = jnp.where(measured, fallen ** (1 / span), now.rate)
-            slower = jnp.maximum(rate, now.rate)
-            reach = (1 - self.damping) / (1 - slower)
-            reach = jnp.where(slower < 1, reach, jnp.inf)
+            merit = found.merit(jnp.where(before.units == 0, found.size, before.units))
+            rate = now.rate.measured(merit, k)
+            reach = ratio(1 - self.damping, 1 - jnp.minimum(rate.slower, 1))
+            reach = jnp.where(rate.slower < 1, reach, jnp.inf)
             # Negative before there are two residuals: only rounding passes then.
-            reach = jnp.where(slower < 0, unknown_reach(tol, now.h), reach)
+            reach = jnp.where(rate.slower < 0, unknown_reach(tol, now.h), reach)
             done = meets(residual, reach, tol)
-            search = before.looked(found, now.h, k - 1, done)
+            search = before.looked(found, now.h, now.num_steps, done, tol)
             goal = jnp.minimum(tol, ratio(error_tol(tol), reach))
             every = self.check_every
+            span = k - now.looked
             after = next_look(every, k, span, residual, before.last, goal)
             if patience is not None:
-                left = jnp.log(goal / residual) / jnp.log(slower)
-                left = jnp.where(slower < 1, left, jnp.inf)
-                lost = k - 1 - search.num_steps
+                left = jnp.log(goal / residual) / jnp.log(rate.slower)
+                left = jnp.where(rate.slower < 1, left, jnp.inf)
+                lost = now.num_steps - search.num_steps
                 good = ((k < EARLY) | (left <= patience)) & (lost < 3)
                 search = search._replace(good=search.good & good)
             due = k + jnp.minimum(after, self.max_steps + 1 - k)
-            rank = ratio(found.merit(search.units), search.merit)
+            rank = ratio(merit, search.merit)
             return now._replace(due=due, looked=k, rank=rank, rate=rate, search=search)
 
         zero = sharding.vary_like(jnp.int32(0), h0)
         search = Search.begin(h0)
-        unknown = -jnp.ones_like(search.residual)
+        rate = Rate.begin(search.residual)
         due = zero + (self.check_every or 1)
-        start = Iterates(h0, h0, zero, due, zero, -unknown, unknown, search)
+        one = jnp.ones_like(search.residual)
+        start = Iterates(h0, h0, zero, due, zero, one, rate, search)
         return lax.while_loop(unfinished, body, start)
 
     def _mix(self, image: PyTree, h: PyTree) -> PyTree:
@@ -178,6 +155,41 @@ EARLY = 25
 """Evaluations before which nothing is called slow: some maps are so at first only."""
 
 
+class Rate(NamedTuple):
+    """By what residuals fall in a step.
+
+    Measured over the last eighth of the steps: where J has complex eigenvalues
+    residuals oscillate as they fall, and from one step to the next they may grow.
+
+    Attributes:
+      rate: the last one measured, and
+      slower: the larger of the last two; negative if not known yet.
+      size: the size of the residual where the last measure ended.
+      k: the evaluations of f then.
+    """
+
+    rate: jax.Array
+    slower: jax.Array
+    size: jax.Array
+    k: jax.Array
+
+    @classmethod
+    def begin(cls, infinity: jax.Array) -> Rate:
+        """Before the first look."""
+        unknown = -jnp.ones_like(infinity)
+        return cls(unknown, unknown, infinity, (infinity < 0).astype(jnp.int32))
+
+    def measured(self, size: jax.Array, k: jax.Array) -> Rate:
+        """After a residual of that size; not where it is rounding."""
+        span = k - self.k
+        rate = ratio(size, self.size) ** (1 / span.astype(size.dtype))
+        eps = float(jnp.finfo(size.dtype).eps)
+        known = jnp.isfinite(self.size) & (size > 8 * eps)
+        rate = jnp.where(known, rate, self.rate)
+        new = Rate(rate, jnp.maximum(rate, self.rate), size, k)
+        return tree.where(span >= k // 8, new, self)
+
+
 class Iterates(NamedTuple):
     """What the loop carries.
 
@@ -188,7 +200,7 @@ class Iterates(NamedTuple):
       due: evaluations after which the next look is due.
       looked: evaluations at the last look.
       rank: the size of the last residual, relative to that of the best.
-      rate: by which residuals fell in a step before it; negative if not known yet.
+      rate: by which residuals fall in a step.
       search: what was found.
     """
 
@@ -198,8 +210,21 @@ class Iterates(NamedTuple):
     due: jax.Array
     looked: jax.Array
     rank: jax.Array
-    rate: jax.Array
+    rate: Rate
     search: Search
+
+    @property
+    def num_steps(self) -> jax.Array:
+        """Steps to the iterate."""
+        leaves = self.search.leaves
+        return self.k - 1 - (0 if leaves is None else leaves.asked)
+
+    def answered(self, nudged: PyTree) -> Iterates:
+        """With the image of a neighbour of ``h``."""
+        search = self.search.answered(nudged, self.image, self.h)
+        rate = self.rate._replace(size=jnp.full_like(self.rate.size, jnp.inf))
+        k = self.k + 1
+        return self._replace(k=k, due=k + 1, rate=rate, search=search)
 
     def kept(self) -> Search:
         """What the solver returns: the last iterate, unless the best is far better.
@@ -208,5 +233,7 @@ class Iterates(NamedTuple):
         steps would be given one of three.
         """
         found = self.search
-        last = found._replace(value=self.h, num_steps=self.k - 1, residual=found.last)
+        last = found._replace(
+            value=self.h, num_steps=self.num_steps, residual=found.last
+        )
         return tree.where(self.rank <= AWAY, last, found)

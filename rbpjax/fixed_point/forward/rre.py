@@ -14,11 +14,11 @@ from rbpjax._core.strategy import count, real, strategy, tolerance
 from rbpjax.fixed_point.forward.anderson import regularized_solve
 from rbpjax.fixed_point.iterate import (
     Look,
-    Search,
     meets,
     reached,
     unknown_reach,
 )
+from rbpjax.fixed_point.search import Search
 from rbpjax.types import PyTree, Solution
 
 
@@ -82,8 +82,27 @@ class RRE:
 
         def advance(cycle: tuple[jax.Array, _State]) -> tuple[jax.Array, _State]:
             """One plain step, its residual put into row j."""
+            now = cycle[1]
+            image = step(now.search.to_evaluate(now.h, now.h))
+            if now.search.leaves is None:
+                return looked(image, cycle)
+            asks = now.search.leaves.asks
+            return lax.cond(asks, answered, looked, image, cycle)
+
+        def answered(
+            nudged: PyTree, cycle: tuple[jax.Array, _State]
+        ) -> tuple[jax.Array, _State]:
+            """With the image of a neighbour; row j has the residual of the state."""
             j, now = cycle
-            image = step(now.h)
+            image = tree.add(now.h, tree.take(now.rows, j))
+            search = now.search.answered(nudged, image, now.h)
+            return j, now._replace(k=now.k + 1, search=search)
+
+        def looked(
+            image: PyTree, cycle: tuple[jax.Array, _State]
+        ) -> tuple[jax.Array, _State]:
+            """With the image of the state; it stays where the search asks for more."""
+            j, now = cycle
             rows = tree.put(now.rows, j, tree.sub(image, now.h))
             look = Look.at(image, now.h)
             # The distance per residual: by the rate of plain steps, or the last leap.
@@ -94,8 +113,12 @@ class RRE:
             reach = jnp.maximum(plain, now.reach)
             reach = jnp.where(now.k == 0, unknown_reach(tol, now.h), reach)
             done = meets(residual, reach, tol)
-            search = now.search.looked(look, now.h, now.k, done, 150)
-            return j + 1, _State(image, rows, now.k + 1, now.reach, search)
+            search = now.search.looked(look, now.h, now.k, done, tol, 150)
+            now = now._replace(rows=rows, k=now.k + 1, search=search)
+            moved = j + 1, now._replace(h=image)
+            if search.leaves is None:
+                return moved
+            return tree.where(search.leaves.asks, (j, now), moved)
 
         def cycle(now: _State) -> _State:
             more = lambda cycle: (cycle[0] <= m) & unfinished(cycle[1])
