@@ -88,7 +88,8 @@ def cora(units: int = 32) -> Problem:
     encoder = random.normal(size=(features.shape[1], units))
     w = np.eye(units) + 0.3 * random.normal(size=(units, units)) / units**0.5
     w *= 0.9 / np.linalg.norm(w, 2)
-    send, receive, weight = map(np.asarray, graph)
+    of_edges = graph.senders, graph.receivers, graph.weights
+    send, receive, weight = map(np.asarray, of_edges)
 
     def f(w: jax.Array, drive: jax.Array, h: jax.Array) -> jax.Array:
         messages = h[send] * weight[:, None]
