@@ -22,9 +22,9 @@ from benchmarks.harness.progress import say
 from benchmarks.harness.results import record, write_json
 from benchmarks.harness.tables import table
 from benchmarks.harness.training import train
-from benchmarks.rooms import others, streaming
+from benchmarks.rooms import others, paper_code, streaming
 
-KINDS = {**streaming.KINDS, **others.KINDS}
+KINDS = {**streaming.KINDS, **others.KINDS, **paper_code.KINDS}
 
 
 class Outcome(NamedTuple):

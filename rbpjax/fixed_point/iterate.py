@@ -120,6 +120,15 @@ def repeat(update: Callable[[C], C], times: int | jax.Array, carry: C) -> C:
     return lax.fori_loop(zero, times, lambda _, c: update(c), carry)
 
 
+def once(wanted: jax.Array, update: Callable[[C], C], carry: C) -> C:
+    """``update`` applied where ``wanted``, else nothing: a loop of one turn or none.
+
+    ``lax.cond`` does the same, but copies what its branches hand through.
+    """
+    turn = lambda now: (now[0] & False, update(now[1]))
+    return lax.while_loop(lambda now: now[0], turn, (wanted, carry))[1]
+
+
 def next_look(
     every: int | None,
     k: jax.Array,

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from rbpjax._core import sharding, tree
 from rbpjax.fixed_point.iterate import Look, leaf_eps, ratio, status_of
@@ -145,8 +144,8 @@ class Search(NamedTuple):
         """Where to evaluate f: at ``h``, or near ``base`` for what passes through f."""
         if self.leaves is None:
             return h
-        nudged = lambda: tree.add(base, tree.last_places(base))
-        return lax.cond(self.leaves.asks, nudged, lambda: h)
+        nudged = tree.add(base, tree.last_places(base))
+        return tree.where(self.leaves.asks, nudged, h)
 
     def answered(self, nudged: PyTree, image: PyTree, h: PyTree) -> Search:
         """With the images of ``h`` and of its neighbour."""

@@ -34,6 +34,7 @@ from rbpjax._core.step import (
     check_like,
     close,
     convert,
+    has_products,
     only_arrays,
     select_state,
     with_aux,
@@ -74,11 +75,12 @@ _NO_FORWARD_MODE = (
 )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _solve(
     step: ClosedStep,
     solver: ClosedSolver,
     rule: BackwardRule,
+    verify: bool,
     args: PyTree,
     start: PyTree,
     probe: AdjointReport | None,
@@ -87,15 +89,15 @@ def _solve(
     return solver(step, args, start)
 
 
-def _solve_fwd(step, solver, rule, args, start, probe):
+def _solve_fwd(step, solver, rule, verify, args, start, probe):
     # The solve itself, not the solver: the next order differentiates this line.
-    solution = _solve(step, solver, rule, args, start, probe)
+    solution = _solve(step, solver, rule, verify, args, start, probe)
     # Of how it was found, only what is reported is kept.
     kept = Solution(solution.value) if probe is None else solution
     return solution, (args, kept, probe)
 
 
-def _solve_bwd(step, solver, rule, saved, cotangents):
+def _solve_bwd(step, solver, rule, verify, saved, cotangents):
     args, found, probe = saved
     h, g = found.value, cotangents.value
     image, vjp = jax.vjp(step, args, h)  # the one linearization
@@ -114,10 +116,10 @@ def _solve_bwd(step, solver, rule, saved, cotangents):
         return apply_rule(rule, lambda v: vjp(v)[1], g, z)
 
     start = vjp, None if probe is None else probe.adjoint
-    z = _solve(adjoint_step, adjoint_solver, rule, (args, h, g), start, None)
+    z = _solve(adjoint_step, adjoint_solver, rule, False, (args, h, g), start, None)
     report = None
     if probe is not None:
-        bound = error_bound(step, args, h, image, vjp, g, z.value, found)
+        bound = error_bound(step, args, h, image, vjp, g, z.value, found, verify)
         report = reported(found, z, g, bound, probe)
     # None is a zero cotangent: a fixed point does not depend on where one starts.
     return vjp(z.value)[0], None, report
@@ -135,6 +137,7 @@ def _solved(
     step: ClosedStep,
     forward: ForwardSolver,
     backward: BackwardRule,
+    verify: bool,
     on_failure: OnFailure,
     line: Line | None,
     back: Line | None,
@@ -151,13 +154,13 @@ def _solved(
     rule = speaking(backward, on_failure, back)
     if reuse.is_value(forward):  # closes over nothing
         solver = lambda _, args, start: found(args, start)
-        return _solve(step, solver, rule, args, h0, probe)
+        return _solve(step, solver, rule, verify, args, h0, probe)
     # What a solver of a user's own closes over, such as a traced number of steps, goes
     # in with the start: the fixed point does not depend on it.
     closed = convert(found, args, h0)
     solver = lambda _, args, start: closed.call(start[1], args, start[0])
     start = h0, lax.stop_gradient(closed.consts)
-    return _solve(step, solver, rule, args, start, probe)
+    return _solve(step, solver, rule, verify, args, start, probe)
 
 
 def rbp_solve(
@@ -166,6 +169,7 @@ def rbp_solve(
     forward: ForwardSolver = Hybrid(),
     backward: BackwardRule = Adaptive(),
     has_aux: bool = False,
+    verify: bool = False,
     on_failure: OnFailure = "ignore",
     progress: bool = False,
 ) -> Solve:
@@ -212,6 +216,11 @@ def rbp_solve(
         your own may close over traced values, such as a number of steps.
       backward: rule called as ``backward(vjp, cotangent)``; any ``BackwardRule``.
       has_aux: whether f returns a pair ``(h, aux)``, aux any pytree of arrays.
+      verify: whether the report's bound on the gradient's error rests on solves of its
+        own, too (needs products with J). Without, it is an estimate by seven products.
+        With it, errors of the size of rounding and of the residuals are drawn at
+        random, twice, and followed through both solves, to a low accuracy: as much
+        again as two to four gradients.
       on_failure: what happens where a solve, forward or backward, does not converge,
         under ``jit`` too: nothing (``"ignore"``), a RuntimeWarning of one line
         (``"warn"``), NaN in its value and so in what is computed from it (``"nan"``), a
@@ -230,6 +239,8 @@ def rbp_solve(
       ValueError: by ``solve``, while tracing, if h0 is not made of floating-point
         arrays, if f changes its structure, shapes or dtypes, or if a solver or rule
         returns something else than a ``Solution`` of that kind.
+      TypeError: by ``solve``, with ``verify`` and a probe, if f has a backward pass of
+        its own and no products with J.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -258,10 +269,12 @@ def rbp_solve(
     check_solver(forward)
     check_rule(backward)
     check_choice(on_failure)
+    if not isinstance(verify, bool):
+        raise ValueError(f"rbp_solve: `verify` must be True or False; got {verify!r}.")
     line, back = None, None
     if progress:
         line, back = Line("forward", "evaluations"), Line("backward", "products")
-    options = (forward, backward, on_failure, line, back)
+    options = (forward, backward, verify, on_failure, line, back)
     state_of = select_state(f) if has_aux else f
 
     def solve(
@@ -273,6 +286,12 @@ def rbp_solve(
         """Solves h* = f(params, inputs, h*) from h0."""
         step, args, h0 = close(state_of, params, inputs, h0)
         probe = as_probe(probe, h0)
+        if verify and probe is not None and not has_products(partial(step, args), h0):
+            raise TypeError(
+                "rbp_solve: `verify=True` needs products with J, and f has a function "
+                "with a backward pass of its own (custom_vjp). Leave `verify` out: the "
+                "bound is then estimated without."
+            )
         try:
             solution = reuse.run(_solved, (step, *options), args, h0, probe)
         except TypeError as error:

@@ -111,3 +111,89 @@ def test_a_loss_without_a_gradient_has_a_bound_of_zero():
     _, grad, report = rbpjax.value_and_grad_with_report(loss)(w)
     assert not jnp.any(grad)
     assert report.bound == 0 and report.converged == 1
+
+
+def hidden(gap):
+    """An affine map, a state off in its slowest direction, and a cotangent without it.
+
+    The residual there is ``gap`` times the error, and more of it is in fast directions:
+    no rate and no growth of z shows the slow one.
+    """
+    random = np.random.default_rng(3)
+    q = np.linalg.qr(random.normal(size=(N, N)))[0]
+    values = np.append(np.linspace(-0.5, 0.5, N - 1), 1 - gap)
+    skew = np.eye(N) + 0.3 * random.normal(size=(N, N)) / N**0.5
+    basis = skew @ q
+    w = basis @ np.diag(values) @ np.linalg.inv(basis)
+    x = random.normal(size=N)
+    h = np.linalg.solve(np.eye(N) - w, x)
+    slow, fast = basis[:, -1], basis[:, 0]
+    off = h + np.linalg.norm(h) * (
+        1e-3 * slow / np.linalg.norm(slow) + 1e-7 * fast / np.linalg.norm(fast)
+    )
+    # A cotangent without the slow direction: z does not grow.
+    left = np.linalg.inv(basis)
+    weights = random.normal(size=N - 1) @ left[:-1]
+    return jnp.asarray(w), jnp.asarray(x), jnp.asarray(off), jnp.asarray(weights)
+
+
+def test_verify_follows_what_an_estimate_without_solves_cannot_see():
+    """A state off by 1e-3 in a direction of 1e-6: 1e-9 in a residual of 1e-7."""
+    w, x, off, weights = hidden(1e-6)
+    at = lambda step, h0: rbpjax.Solution(h0, 0, 0, 1e-7, 0, True)
+    f = lambda w, x, h: w @ h + x
+
+    def reported(verify):
+        solve = rbpjax.rbp_solve(f, forward=at, verify=verify)
+        loss = lambda w, probe: weights @ solve(w, x, off, probe=probe).value
+        return jax.jit(rbpjax.value_and_grad_with_report(loss))(w)
+
+    (value, grad, cheap), (again, same, verified) = reported(False), reported(True)
+    assert value == again and np.array_equal(grad, same)  # it only looks
+    z = jnp.linalg.solve(jnp.eye(N) - w.T, weights)
+    right = jnp.outer(z, jnp.linalg.solve(jnp.eye(N) - w, x))
+    error = jnp.linalg.norm(grad - right) / jnp.linalg.norm(right)
+    assert error > 1e-4
+    assert cheap.bound < error / 10  # what verify is for
+    assert error / 3 <= verified.bound and verified.converged == 0
+
+
+@pytest.mark.parametrize("transform", ["vmap", "scan", "second order"])
+def test_verify_under_transformations(transform):
+    """The same bound as alone; and derivatives of the gradient are what they were."""
+    w, x, weights = draw(1, 0.7)
+    solves = [rbpjax.rbp_solve(network, verify=verify) for verify in (False, True)]
+
+    def bound(solve, w):
+        loss = lambda w, probe: weights @ solve(w, x, jnp.zeros(N), probe=probe).value
+        _, grad, report = rbpjax.value_and_grad_with_report(loss)(w)
+        return grad, report.bound
+
+    if transform == "second order":
+        one, two = (
+            jax.grad(lambda w, s=s: jnp.sum(bound(s, w)[0] ** 2))(w) for s in solves
+        )
+        assert np.array_equal(one, two)
+        return
+    batch = jnp.stack([w, 0.5 * w])
+    alone = jnp.stack([bound(solves[1], w)[1] for w in batch])
+    one = lambda w: bound(solves[1], w)[1]
+    if transform == "vmap":
+        found = jax.vmap(one)(batch)
+    else:
+        found = jax.lax.scan(lambda c, w: (c, one(w)), None, batch)[1]
+    # Residuals at rounding differ between programs: the same to a small factor.
+    assert np.all(np.abs(np.log(found / alone)) < np.log(10))
+
+
+def test_verify_is_refused_where_it_cannot_be():
+    clip = jax.custom_vjp(lambda h: h)
+    clip.defvjp(lambda h: (h, None), lambda _, g: (g,))
+    f = lambda w, x, h: jnp.tanh(w @ clip(h) + x)
+    w, x, _ = draw(1, 0.7)
+    solve = rbpjax.rbp_solve(f, verify=True)
+    assert solve(w, x, jnp.zeros(N)).converged  # nobody asks for the bound
+    with pytest.raises(TypeError, match="verify=True"):
+        solve(w, x, jnp.zeros(N), probe=rbpjax.AdjointReport.zeros())
+    with pytest.raises(ValueError, match="must be True or False"):
+        rbpjax.rbp_solve(f, verify=2)

@@ -17,6 +17,7 @@ from rbpjax.fixed_point.iterate import (
     judged,
     meets,
     next_look,
+    once,
     ratio,
     unknown_reach,
 )
@@ -103,13 +104,17 @@ class FixedPointIteration:
             h = now.search.to_evaluate(self._mix(now.image, now.h), now.h)
             image, k = step(h), now.k + 1
             # One loop, not one inside another for the steps between two looks: the
-            # compiler moves what f computes without h out of one, not out of two.
-            go_on = lambda now: lax.cond(now.k >= now.due, look, lambda now: now, now)
+            # compiler moves what f computes without h out of one, not out of two. And
+            # a loop of one turn or none for the look, which copies nothing, in place
+            # of a `cond`, which copies its operands.
             moved = now._replace(image=image, h=h, k=k)
             if now.search.leaves is None:
-                return go_on(moved)
+                return once(k >= now.due, look, moved)
             asks, answered = now.search.leaves.asks, now.answered
-            return lax.cond(asks, answered, lambda _: go_on(moved), image)
+            rare = lambda moved: lax.cond(
+                asks, lambda m: answered(m.image), look, moved
+            )
+            return once(k >= now.due, rare, moved)
 
         def look(now: Iterates) -> Iterates:
             k, before, found = now.k, now.search, Look.at(now.image, now.h)
@@ -126,6 +131,8 @@ class FixedPointIteration:
             every = self.check_every
             span = k - now.looked
             after = next_look(every, k, span, residual, before.last, goal)
+            if search.leaves is not None:
+                after = jnp.where(search.leaves.asks, 1, after)
             if patience is not None:
                 left = jnp.log(goal / residual) / jnp.log(rate.slower)
                 left = jnp.where(rate.slower < 1, left, jnp.inf)
