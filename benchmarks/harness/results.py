@@ -93,6 +93,7 @@ def record(
 def write_json(name: str, content: Mapping[str, Any]) -> Path:
     """Writes ``results/name.json`` whole or not at all."""
     path = RESULTS / f"{name}.json"
+    path.parent.mkdir(exist_ok=True, parents=True)
     text = json.dumps(plain(content), indent=1, allow_nan=False)
     # Innermost lists on one line: a person reads the file, and diffs it.
     line = lambda m: "[" + " ".join(m[1].split()) + "]"
