@@ -12,9 +12,10 @@ from rbpjax.fixed_point.iterate import Look, leaf_eps, ratio, status_of
 from rbpjax.types import PyTree, Solution, Status
 
 STUCK = 40
-"""Evaluations without a better iterate that end a search that stays where it is."""
+"""Evaluations without a better iterate that end a search that stays where it is: so
+many at least, and as many as there were up to the best."""
 PHASES = 20
-"""Looks among them."""
+"""Looks among them, at least."""
 
 
 class Leaves(NamedTuple):
@@ -95,7 +96,8 @@ class Search(NamedTuple):
       num_steps: steps taken to reach it; negative before the first look.
       residual: its relative residual.
       merit: the size of its residual, by which it is the best.
-      units: the size of each leaf when it was first looked at and not zero.
+      units: the size of each leaf when it was first looked at and not zero, or what
+        passes through f to it, if that is known and larger.
       last: the relative residual at the last look.
       last_merit: the size of the residual there, by which its rate is measured: beside
         a leaf that tends to zero the relative one does not fall.

@@ -219,8 +219,7 @@ def rbp_solve(
       verify: whether the report's bound on the gradient's error rests on solves of its
         own, too (needs products with J). Without, it is an estimate by seven products.
         With it, errors of the size of rounding and of the residuals are drawn at
-        random, twice, and followed through both solves, to a low accuracy: as much
-        again as two to four gradients.
+        random, twice, and followed through both solves: four solves to a low accuracy.
       on_failure: what happens where a solve, forward or backward, does not converge,
         under ``jit`` too: nothing (``"ignore"``), a RuntimeWarning of one line
         (``"warn"``), NaN in its value and so in what is computed from it (``"nan"``), a

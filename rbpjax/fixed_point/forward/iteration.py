@@ -36,8 +36,12 @@ class FixedPointIteration:
     distance to the fixed point. The residual reported is that of the very value
     returned: it takes ``num_steps`` steps to reach the value and one evaluation of f
     more to know its residual. The loop stops, too, where residuals explode or, for 40
-    evaluations, stay where they are; then the last iterate is returned, or the best if
-    that is ten times better.
+    evaluations and as many as there were before, stay where they are; then the last
+    iterate is returned, or the best if that is ten times better.
+
+    Of a state with several leaves one may tend to zero, as a momentum does. It counts
+    as at rest when it is below the tolerance beside what passes through f to it: one
+    evaluation more, or a few.
 
     Cost: one evaluation of f a step; memory: three states. AD modes: none of its own
     (its loop is a ``while_loop``); ``rbp_solve`` gives its gradient.
