@@ -1,6 +1,7 @@
 """Strict numerics for every test: float64, explicit ranks and dtypes."""
 
 import os
+from pathlib import Path
 
 # Most of the suite's time is compilation: let the compiler hurry. It decides neither
 # what is computed nor how much memory the program asks for.
@@ -23,6 +24,15 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 def key():
     """A fixed PRNG key."""
     return jax.random.key(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Forgets compiled programs before the system's limit of memory maps is reached."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
 
 
 # Whole modules of the long form, as the marker ``full`` makes it: with them the default

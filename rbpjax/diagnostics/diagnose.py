@@ -22,7 +22,7 @@ from rbpjax.fixed_point.backward.cg_normal import CGNormal
 from rbpjax.fixed_point.backward.gmres import GMRES
 from rbpjax.fixed_point.backward.neumann import Neumann
 from rbpjax.fixed_point.backward.rbp import RBP
-from rbpjax.fixed_point.backward.rule import apply_rule
+from rbpjax.fixed_point.backward.rule import System, apply_rule
 from rbpjax.fixed_point.forward.anderson import Anderson
 from rbpjax.fixed_point.iterate import relative_change
 from rbpjax.types import BackwardRule, PyTree, Status, StepFn
@@ -231,6 +231,10 @@ def _measure(
     g = tree.random_unit(keys[0], h)
 
     v, factors = growth(vjp, g, num_steps)
+    # Rules measure terms leaf by leaf, and so does the prediction.
+    system, own = System.of(vjp, g, limit), factors
+    if system.units is not None:
+        own = growth(system.vjp, system.g, num_steps)[1]
     halfway = lambda v: tree.scale(0.5, tree.add(v, vjp(v)))
     norm, _ = singular_range(jvp, tree.random_unit(keys[1], h), num_steps)
     residual_map = lambda v: tree.sub(v, jvp(v))
@@ -246,7 +250,7 @@ def _measure(
         condition=largest / smallest,
         inverse_norm=1 / smallest,
         loop_cut_error=loop_cut(vjp, h, keys[2], 8),
-        neumann_steps=_neumann_steps(factors, limit),
+        neumann_steps=_neumann_steps(own, system.tol),
         tol=jnp.asarray(limit, factors.dtype),
         holds=products > 0,
         products=products,
@@ -265,10 +269,10 @@ def _measure(
     return rows._replace(holds=holds, recommended=best)
 
 
-def _neumann_steps(factors: jax.Array, tol: float) -> jax.Array:
+def _neumann_steps(factors: jax.Array, tol: float | jax.Array) -> jax.Array:
     """The first K with ‖(Jᵀ)^{K+1} g‖ ≤ tol / 2, seen or else extrapolated."""
     decay = jnp.cumsum(jnp.log(factors))  # after K + 1 factors: log residual of z_K
-    target = float(np.log(tol / 2))  # as Neumann stops
+    target = jnp.log(jnp.asarray(tol / 2, decay.dtype))  # as Neumann stops
     seen = jnp.argmax(decay <= target).astype(factors.dtype)
     rate = jnp.log(growth_rate(factors))
     safe = jnp.where(rate < 0, rate, -1)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rbpjax._core import sharding
 from rbpjax._core.step import floats, merge
 from rbpjax._core.strategy import function, strategy
 from rbpjax.types import PyTree
@@ -131,7 +132,8 @@ def kernel_to_params(
     cell: PreactivationCell, params: PyTree, kernel_grad: jax.Array
 ) -> PyTree:
     """The gradient in the parameters of one in W, ``[a, n, k]``; floats only."""
-    _, vjp = jax.vjp(lambda p: cell.kernel(merge(p, params)), floats(params))
+    own = sharding.vary_like(floats(params), kernel_grad)  # each device's own gradient
+    _, vjp = jax.vjp(lambda p: cell.kernel(merge(p, params)), own)
     return vjp(kernel_grad)[0]
 
 

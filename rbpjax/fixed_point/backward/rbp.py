@@ -82,7 +82,9 @@ class RBP:
             z=found.value, num_steps=found.num_steps, num_products=products
         )
         if getattr(self.solver, "steps", None) is not None:
-            return system.truncated(end)
+            # What the solver evaluates for its own verdict is not read, nor computed.
+            products = begin.num_products + found.num_steps
+            return system.truncated(end._replace(num_products=products))
         solution = system.measured(end, 0, jnp.array(False))
         # The solver's tolerance is its own affair, and unknown here: what it calls
         # converged is, if the residual relative to ‖g‖ is within the root of its own.
