@@ -91,8 +91,8 @@ def test_neumann_steps_are_predicted(name):
     if name == "expansive":
         assert d.neumann_steps == np.inf
         return
-    # With several leaves each of them has to be right beside its own size. In its units,
-    # of at most 2 an entry, the cotangent is no longer than 2 √n: no more is asked for.
+    # With several leaves each of them has to be right beside its own size. In its
+    # units, of at most 2 an entry, the cotangent is at most 2 √n long: no more is asked.
     leaves = len(jax.tree.leaves(fixed_point(problem)))
     strict = 1 if leaves == 1 else 4 * len(jac) ** 0.5
     counts = {1: [], strict: []}
@@ -106,7 +106,9 @@ def test_neumann_steps_are_predicted(name):
     assert most - fewest < 15  # the claim is not vacuous
     assert fewest <= float(d.neumann_steps) <= most
     # The trial had the very same cotangent: K steps, the term after them, its report.
-    assert int(d.neumann_steps) + 2 == int(d.products[0])
+    # Two products find the units; they are lost where no two terms of the series help.
+    lost = int(d.products[0]) - (int(d.neumann_steps) + 2)
+    assert lost in ((0,) if leaves == 1 else (0, 2))
 
 
 @pytest.mark.full
