@@ -92,7 +92,7 @@ def test_neumann_steps_are_predicted(name):
         assert d.neumann_steps == np.inf
         return
     # With several leaves each of them has to be right beside its own size. In its
-    # units, of at most 2 an entry, the cotangent is at most 2 √n long: no more is asked.
+    # units, of at most 2 an entry, the cotangent is at most 2 √n long: that is all.
     leaves = len(jax.tree.leaves(fixed_point(problem)))
     strict = 1 if leaves == 1 else 4 * len(jac) ** 0.5
     counts = {1: [], strict: []}
