@@ -25,6 +25,7 @@ from rbpjax.fixed_point.backward.direct import Direct
 from rbpjax.fixed_point.backward.gmres import GMRES
 from rbpjax.fixed_point.backward.neumann import Neumann
 from rbpjax.fixed_point.backward.rbp import RBP
+from rbpjax.fixed_point.derivatives import rbp_jvp, rbp_vjp
 from rbpjax.fixed_point.forward.anderson import Anderson
 from rbpjax.fixed_point.forward.hybrid import Hybrid
 from rbpjax.fixed_point.forward.iteration import FixedPointIteration
@@ -32,7 +33,7 @@ from rbpjax.fixed_point.forward.rre import RRE
 from rbpjax.fixed_point.implicit import from_args, rbp_fixed_point, rbp_root
 from rbpjax.fixed_point.newton import Newton
 from rbpjax.fixed_point.report import AdjointReport, value_and_grad_with_report
-from rbpjax.fixed_point.solve import rbp_jvp, rbp_solve, rbp_vjp
+from rbpjax.fixed_point.solve import rbp_solve
 from rbpjax.fixed_point.states import rbp_states
 from rbpjax.fixed_point.unroll import bptt
 from rbpjax.types import (

@@ -4,13 +4,16 @@ A field says with its specifier what it may be::
 
     @strategy
     class Neumann:
-        tol: float | None = tolerance(default=None)
-        max_steps: int = count(default=1000)
+        tol: float | jax.Array | None = tolerance(default=None)
+        max_steps: int | jax.Array = budget(default=1000)
         damping: float = real(default=0.0, below=1.0)
 
 and the instance is called, compared, hashed and printed by value. Options are given by
 name, but for a strategy in a strategy, as in ``RBP(Anderson())``, whose field is
 declared ``kw_only=False``. Type checkers read ``default=`` and ``kw_only=`` there.
+
+Tolerances and budgets may be traced: of a schedule, say. A strategy is a pytree, and
+such numbers are its leaves.
 """
 
 from __future__ import annotations
@@ -18,10 +21,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rbpjax.types import PyTree
 
 T = TypeVar("T")
 Check = Callable[[Any], bool]
@@ -58,6 +65,19 @@ def count(*, default: Any = REQUIRED, minimum: int = 1, excludes: str = "") -> A
     )
 
 
+def budget(*, default: Any = REQUIRED, minimum: int = 1, excludes: str = "") -> Any:
+    """An int of at least ``minimum``, a traced one, too."""
+    enough = lambda x: x >= minimum
+    return option(
+        default=default,
+        check=lambda x: (
+            (_is_number(x, int) and enough(x)) or _is_scalar(x, jnp.integer, enough)
+        ),
+        meaning=f"an integer of at least {minimum}",
+        excludes=excludes,
+    )
+
+
 def real(
     *,
     default: Any = REQUIRED,
@@ -78,11 +98,16 @@ def real(
 
 
 def tolerance(*, default: float | None = None, excludes: str = "") -> Any:
-    """A relative tolerance: a Python number in [0, 1), or None for the default one."""
+    """A relative tolerance in [0, 1), a traced one, too, or None for the default."""
+    within = lambda x: 0 <= x < 1
     return option(
         default=default,
-        check=lambda x: x is None or (_is_number(x, int, float) and 0 <= x < 1),
-        meaning="a relative tolerance, a Python number in [0, 1), or None",
+        check=lambda x: (
+            x is None
+            or (_is_number(x, int, float) and within(x))
+            or _is_scalar(x, jnp.floating, within)
+        ),
+        meaning="a relative tolerance, a number in [0, 1), or None",
         excludes=excludes,
     )
 
@@ -105,15 +130,15 @@ def function(
 @dataclass_transform(
     frozen_default=True,
     kw_only_default=True,
-    field_specifiers=(option, count, real, tolerance, switch, function),
+    field_specifiers=(option, count, budget, real, tolerance, switch, function),
 )
 def strategy(cls: type[T]) -> type[T]:
-    """Makes ``cls`` a frozen dataclass and a static pytree, its options checked.
+    """Makes ``cls`` a frozen dataclass and a pytree, its options checked.
 
     Instances compare and hash by value and print as they were written, so that they
     can be closed over, passed through ``jax.jit`` or used as keys; equal instances
-    share one compilation. Options are Python values, never arrays: an array in a static
-    field would get gradient zero without a word, and no specifier lets one pass.
+    share one compilation. Options are Python values, but for tolerances and budgets,
+    which may be scalar arrays, too, and are then the pytree's leaves.
 
     A class that has more to check than field by field defines ``__post_init__``, which
     is run after those checks.
@@ -130,15 +155,61 @@ def strategy(cls: type[T]) -> type[T]:
     made = dataclasses.dataclass(frozen=True, kw_only=True, repr=False)(cls)
     made.__repr__ = _as_written  # type: ignore[method-assign]
     _take_names_only(made)
-    return jax.tree_util.register_static(made)
+    unflatten = functools.partial(_unflatten, made)
+    jax.tree_util.register_pytree_node(made, _flatten, unflatten)
+    return made
+
+
+@dataclasses.dataclass(frozen=True)
+class Hole:
+    """The place of a number in a strategy without its numbers."""
+
+    index: int
+
+
+def split(strategy: PyTree) -> tuple[list, PyTree]:
+    """The arrays in a strategy, or in any callable pytree, and all but these."""
+    leaves, treedef = jax.tree.flatten(strategy)
+    numbers = [leaf for leaf in leaves if _is_array(leaf)]
+    holes = map(Hole, range(len(numbers)))
+    rest = [next(holes) if _is_array(leaf) else leaf for leaf in leaves]
+    return numbers, jax.tree.unflatten(treedef, rest) if numbers else strategy
+
+
+def filled(rest: PyTree, numbers: list) -> PyTree:
+    """The strategy of which ``split`` made these two."""
+    pick = lambda leaf: numbers[leaf.index] if isinstance(leaf, Hole) else leaf
+    return jax.tree.map(pick, rest) if numbers else rest
+
+
+def _flatten(self: Any) -> tuple[tuple, tuple]:
+    """Arrays and strategies as children; the names of all fields, and other values."""
+    names = [field.name for field in dataclasses.fields(self)]
+    values = [getattr(self, name) for name in names]
+    child = [_is_array(v) or isinstance(v, Hole) or _is_strategy(v) for v in values]
+    children = tuple(v for v, one in zip(values, child, strict=True) if one)
+    static = tuple(
+        (name, None if one else v, one)
+        for name, v, one in zip(names, values, child, strict=True)
+    )
+    return children, static
+
+
+def _unflatten(cls: type, static: tuple, children: Iterable) -> Any:
+    """Unchecked: JAX puts other things than numbers there, too."""
+    self, rest = object.__new__(cls), iter(children)
+    for name, value, child in static:
+        object.__setattr__(self, name, next(rest) if child else value)
+    return self
 
 
 def _as_written(self: object) -> str:
     """The call that makes an equal instance, without what has its default value."""
+    values = {f: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
     given = (
-        f"{field.name}={getattr(self, field.name)!r}"
-        for field in dataclasses.fields(self)  # type: ignore[arg-type]
-        if getattr(self, field.name) != field.default
+        f"{field.name}={value!r}"
+        for field, value in values.items()
+        if _is_array(value) or value != field.default
     )
     return f"{type(self).__name__}({', '.join(given)})"
 
@@ -154,14 +225,14 @@ def _check(owner: object, field: dataclasses.Field) -> None:
         raise ValueError(
             f"{name}: `{field.name}` must be {rule['meaning']}; got {value!r}."
             + (
-                " Arrays and tracers cannot be options. For a traced one write a "
-                "solver or rule of your own, such as forward=lambda step, h0: Solution("
-                "jax.lax.fori_loop(0, k, lambda _, h: step(h), h0), num_steps=k, "
-                "converged=True)."
+                " Arrays cannot be options, but for scalars: of a floating-point dtype "
+                "for `tol`, of an integer one for `steps` and `max_steps`."
                 if hasattr(value, "dtype")
                 else ""
             )
         )
+    if _is_array(value) and jnp.issubdtype(value.dtype, jnp.integer):
+        object.__setattr__(owner, field.name, jnp.asarray(value, jnp.int32))
     other = rule["excludes"]
     if other and value is not None and getattr(owner, other) is not None:
         raise ValueError(
@@ -192,3 +263,18 @@ def _take_names_only(cls: type) -> None:
 
 def _is_number(value: object, *kinds: type) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, jax.Array | np.ndarray | np.generic)
+
+
+def _is_strategy(value: object) -> bool:
+    return getattr(type(value), "__repr__", None) is _as_written
+
+
+def _is_scalar(value: Any, kind: Any, check: Check) -> bool:
+    """Whether it is a scalar array of that kind that passes, if its value is known."""
+    if not _is_array(value) or value.shape or not jnp.issubdtype(value.dtype, kind):
+        return False
+    return isinstance(value, jax.core.Tracer) or bool(check(value))

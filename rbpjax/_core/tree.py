@@ -33,6 +33,13 @@ def default_tol(tree: PyTree) -> float:
     return coarsest_eps(tree) ** 0.75
 
 
+def tol_for(tree: PyTree, tol: float | jax.Array | None) -> float | jax.Array:
+    """``tol``, or the default of the state ``tree``; an array in the state's dtype."""
+    if tol is None:
+        return default_tol(tree)
+    return tol.astype(real_dtype(tree)) if isinstance(tol, jax.Array) else tol
+
+
 def add(x: PyTree, y: PyTree) -> PyTree:
     """``x + y``, leaf by leaf."""
     return jax.tree.map(jnp.add, x, y)

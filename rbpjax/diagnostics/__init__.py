@@ -10,15 +10,18 @@ from rbpjax.diagnostics.errors import (
     loop_cut_error,
     neumann_error_bound,
 )
+from rbpjax.diagnostics.history import History, residual_history
 from rbpjax.diagnostics.spectrum import jacobian_norm, spectral_radius
 
 __all__ = [
     "Diagnosis",
+    "History",
     "adjoint_residual",
     "diagnose",
     "gradient_error_bound",
     "jacobian_norm",
     "loop_cut_error",
     "neumann_error_bound",
+    "residual_history",
     "spectral_radius",
 ]

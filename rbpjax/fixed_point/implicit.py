@@ -12,7 +12,7 @@ from jax import lax
 
 from rbpjax._core import reuse, sharding, tree
 from rbpjax._core.step import ClosedStep, close, select_state, with_aux
-from rbpjax._core.strategy import strategy
+from rbpjax._core.strategy import filled, split, strategy
 from rbpjax.fixed_point.backward.adaptive import Adaptive
 from rbpjax.fixed_point.contract import apply_solver, check_solution, check_solver
 from rbpjax.fixed_point.iterate import relative_change, status_of
@@ -183,6 +183,7 @@ def rbp_root(
         _check_finder("rbp_root", solver)
     check_choice(on_failure)
     backward = speaking(backward, on_failure)
+    numbers, forward = split(forward)
     residual_of = select_state(F) if has_aux else F
 
     def solve(
@@ -200,7 +201,8 @@ def rbp_root(
         fixed = lax.stop_gradient(args)
         found = None
         if solver is None:
-            found = reuse.run(_root, (closed, forward), fixed, h)
+            of_solver = lax.stop_gradient(numbers)
+            found = reuse.run(_root, (closed, forward), of_solver, fixed, h)
             h = found.value
         scale = reuse.run(_scale_at, (closed,), fixed, h)
 
@@ -319,10 +321,14 @@ class _Round(NamedTuple):
 
 
 def _root(
-    closed: ClosedStep, solver: ForwardSolver, args: PyTree, h0: PyTree
+    closed: ClosedStep,
+    solver: ForwardSolver,
+    numbers: list,
+    args: PyTree,
+    h0: PyTree,
 ) -> Solution:
     """The root found from h0, in F's scale there: solved anew where it was another."""
-    residual = partial(closed, args)
+    residual, solver = partial(closed, args), filled(solver, numbers)
 
     def solved(h: PyTree, scale: PyTree) -> Solution:
         return apply_solver(solver, lambda u: _step(scale, u, residual(u)), h)

@@ -190,7 +190,7 @@ def unknown_reach(tol: float | jax.Array, h: PyTree) -> float | jax.Array:
 def judged(
     step: Callable[[PyTree], PyTree],
     h: PyTree,
-    num_steps: int,
+    num_steps: int | jax.Array,
     tol: float | jax.Array,
     damping: float = 0.0,
 ) -> Solution:

@@ -11,7 +11,7 @@ from jax import lax
 
 from rbpjax._core import tree
 from rbpjax._core.step import has_products
-from rbpjax._core.strategy import count, function, strategy, tolerance
+from rbpjax._core.strategy import budget, count, function, strategy, tolerance
 from rbpjax.fixed_point.backward.adaptive import Adaptive
 from rbpjax.fixed_point.backward.rule import apply_rule
 from rbpjax.fixed_point.iterate import Look, meets, reached, unknown_reach
@@ -75,8 +75,8 @@ class Newton:
         call="backward(jvp, r) -> Solution",
         kw_only=False,
     )
-    tol: float | None = tolerance(default=None)
-    max_steps: int = count(default=100)
+    tol: float | jax.Array | None = tolerance(default=None)
+    max_steps: int | jax.Array = budget(default=100)
     warmup: int = count(default=0, minimum=0)
 
     def __call__(self, step: Callable[[PyTree], PyTree], h0: PyTree) -> Solution:
@@ -87,7 +87,7 @@ class Newton:
                 "has a backward pass of its own (custom_vjp, as rbp_solve has). Take a "
                 "solver that only evaluates f, such as Anderson()."
             )
-        tol = tree.default_tol(h0) if self.tol is None else self.tol
+        tol = tree.tol_for(h0, self.tol)
 
         def unfinished(now: _State) -> jax.Array:
             more = ~now.search.done & (now.k <= self.max_steps)

@@ -24,21 +24,19 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from rbpjax._core import reuse, tree
 from rbpjax._core.convolution import channels_last
 from rbpjax._core.step import (
     ClosedStep,
-    check_like,
     close,
     convert,
     has_products,
-    only_arrays,
     select_state,
     with_aux,
 )
+from rbpjax._core.strategy import filled, split
 from rbpjax.fixed_point.backward.adaptive import Adaptive
 from rbpjax.fixed_point.backward.rule import apply_rule, check_rule
 from rbpjax.fixed_point.bound import error_bound
@@ -53,6 +51,7 @@ from rbpjax.fixed_point.speech import (
     speaking,
     watched,
 )
+from rbpjax.fixed_point.variables import batched, scaled
 from rbpjax.types import (
     BackwardRule,
     ForwardSolver,
@@ -84,21 +83,25 @@ def _solve(
     args: PyTree,
     start: PyTree,
     probe: AdjointReport | None,
+    numbers: list,
 ) -> Solution:
-    """Solves h = step(args, h) by ``solver``; the gradient is by ``rule``."""
+    """Solves h = step(args, h) by ``solver``; the gradient is by ``rule``.
+
+    ``numbers``: those of the rule that may be traced.
+    """
     return solver(step, args, start)
 
 
-def _solve_fwd(step, solver, rule, verify, args, start, probe):
+def _solve_fwd(step, solver, rule, verify, args, start, probe, numbers):
     # The solve itself, not the solver: the next order differentiates this line.
-    solution = _solve(step, solver, rule, verify, args, start, probe)
+    solution = _solve(step, solver, rule, verify, args, start, probe, numbers)
     # Of how it was found, only what is reported is kept.
     kept = Solution(solution.value) if probe is None else solution
-    return solution, (args, kept, probe)
+    return solution, (args, kept, probe, numbers)
 
 
 def _solve_bwd(step, solver, rule, verify, saved, cotangents):
-    args, found, probe = saved
+    args, found, probe, numbers = saved
     h, g = found.value, cotangents.value
     image, vjp = jax.vjp(step, args, h)  # the one linearization
 
@@ -111,18 +114,19 @@ def _solve_bwd(step, solver, rule, verify, saved, cotangents):
         # The linearization comes in with the start. It is a function of (args, h), on
         # which the solution already depends through adjoint_step, so the start's zero
         # cotangent is right for it too.
-        vjp, z = start
+        vjp, z, numbers = start
         g = adjoint_args[2]
-        return apply_rule(rule, lambda v: vjp(v)[1], g, z)
+        return apply_rule(filled(rule, numbers), lambda v: vjp(v)[1], g, z)
 
-    start = vjp, None if probe is None else probe.adjoint
-    z = _solve(adjoint_step, adjoint_solver, rule, False, (args, h, g), start, None)
+    start = vjp, None if probe is None else probe.adjoint, numbers
+    adjoint = adjoint_step, adjoint_solver, rule, False
+    z = _solve(*adjoint, (args, h, g), start, None, numbers)
     report = None
     if probe is not None:
         bound = error_bound(step, args, h, image, vjp, g, z.value, found, verify)
         report = reported(found, z, g, bound, probe)
     # None is a zero cotangent: a fixed point does not depend on where one starts.
-    return vjp(z.value)[0], None, report
+    return vjp(z.value)[0], None, report, None
 
 
 _solve.defvjp(_solve_fwd, _solve_bwd)
@@ -144,23 +148,55 @@ def _solved(
     args: PyTree,
     h0: PyTree,
     probe: AdjointReport | None,
+    numbers: tuple[list, list],
 ) -> Solution:
-    """The solve with these options."""
+    """The solve with these options; ``numbers``: those of the two strategies."""
 
-    def found(args: PyTree, start: PyTree) -> Solution:
+    def found(numbers: list, args: PyTree, start: PyTree) -> Solution:
         once = channels_last(partial(step, args), start)
-        return apply_solver(forward, watched(once, line), start)
+        return apply_solver(filled(forward, numbers), watched(once, line), start)
 
-    rule = speaking(backward, on_failure, back)
-    if reuse.is_value(forward):  # closes over nothing
-        solver = lambda _, args, start: found(args, start)
-        return _solve(step, solver, rule, verify, args, h0, probe)
-    # What a solver of a user's own closes over, such as a traced number of steps, goes
-    # in with the start: the fixed point does not depend on it.
-    closed = convert(found, args, h0)
-    solver = lambda _, args, start: closed.call(start[1], args, start[0])
-    start = h0, lax.stop_gradient(closed.consts)
-    return _solve(step, solver, rule, verify, args, start, probe)
+    # Numbers, and what a solver of a user's own closes over, go in with the start: the
+    # fixed point does not depend on them.
+    consts, of_rule = lax.stop_gradient(numbers)
+    call, rule = found, speaking(backward, on_failure, back)
+    if not reuse.is_value(forward):
+        closed = convert(partial(found, consts), args, h0)
+        call, consts = closed.call, lax.stop_gradient(closed.consts)
+    solver = lambda _, args, start: call(start[1], args, start[0])
+    return _solve(step, solver, rule, verify, args, (h0, consts), probe, of_rule)
+
+
+def _found(
+    f: StepFn,
+    options: tuple,
+    numbers: tuple[list, list],
+    params: PyTree,
+    inputs: PyTree,
+    h0: PyTree,
+    probe: AdjointReport | None = None,
+) -> Solution:
+    """The solution of ``f``, found with those options."""
+    _, _, verify, on_failure, line, _ = options
+    step, args, h0 = close(f, params, inputs, h0)
+    probe = as_probe(probe, h0)
+    if verify and probe is not None and not has_products(partial(step, args), h0):
+        raise TypeError(
+            "rbp_solve: `verify=True` needs products with J, and f has a function with "
+            "a backward pass of its own (custom_vjp). Leave `verify` out: the bound is "
+            "then estimated without."
+        )
+    try:
+        solution = reuse.run(_solved, (step, *options), args, h0, probe, numbers)
+    except TypeError as error:
+        if not _no_forward_mode(error):
+            raise
+        raise TypeError(_NO_FORWARD_MODE) from error
+    value, *diagnostics = solution
+    solution = Solution(value, *map(lax.stop_gradient, diagnostics))
+    if line is not None:
+        line.ended(solution)
+    return heard(solution, on_failure, "forward")
 
 
 def rbp_solve(
@@ -170,6 +206,8 @@ def rbp_solve(
     backward: BackwardRule = Adaptive(),
     has_aux: bool = False,
     verify: bool = False,
+    batch_axis: int | None = None,
+    scale: PyTree | None = None,
     on_failure: OnFailure = "ignore",
     progress: bool = False,
 ) -> Solve:
@@ -212,14 +250,23 @@ def rbp_solve(
 
     Args:
       f: step function ``f(params, inputs, h) -> h``.
-      forward: solver called as ``forward(step, h0)``; any ``ForwardSolver``. One of
-        your own may close over traced values, such as a number of steps.
-      backward: rule called as ``backward(vjp, cotangent)``; any ``BackwardRule``.
+      forward: solver called as ``forward(step, h0)``; any ``ForwardSolver``. Its
+        ``tol`` and ``max_steps`` may be traced, of a schedule, say; one of your own may
+        close over traced values.
+      backward: rule called as ``backward(vjp, cotangent)``; any ``BackwardRule``. Its
+        ``tol``, ``steps`` and ``max_steps`` may be traced.
       has_aux: whether f returns a pair ``(h, aux)``, aux any pytree of arrays.
       verify: whether the report's bound on the gradient's error rests on solves of its
         own, too (needs products with J). Without, it is an estimate by seven products.
         With it, errors of the size of rounding and of the residuals are drawn at
         random, twice, and followed through both solves: four solves to a low accuracy.
+      batch_axis: an axis of h0, and of every array in inputs, along which f computes
+        independent examples. Each is then solved by itself, as under ``vmap``: it stops
+        when it is done, and all fields of the ``Solution`` but ``value`` have the shape
+        [batch]. ``None``: one solve, whose state is the whole.
+      scale: units of h, where numbers of different units share an array: a pytree like
+        h0 (of one example), or a prefix of it, of positive arrays that broadcast. The
+        solves are those of h / scale, rounded to powers of two; what is returned is h.
       on_failure: what happens where a solve, forward or backward, does not converge,
         under ``jit`` too: nothing (``"ignore"``), a RuntimeWarning of one line
         (``"warn"``), NaN in its value and so in what is computed from it (``"nan"``), a
@@ -270,11 +317,27 @@ def rbp_solve(
     check_choice(on_failure)
     if not isinstance(verify, bool):
         raise ValueError(f"rbp_solve: `verify` must be True or False; got {verify!r}.")
+    if isinstance(batch_axis, bool) or not isinstance(batch_axis, int | None):
+        raise ValueError(
+            f"rbp_solve: `batch_axis` must be an int or None; got {batch_axis!r}."
+        )
     line, back = None, None
     if progress:
         line, back = Line("forward", "evaluations"), Line("backward", "products")
+    of_forward, forward = split(forward)
+    of_backward, backward = split(backward)
     options = (forward, backward, verify, on_failure, line, back)
+
+    def make(state_of: StepFn) -> Solve:
+        """The solver of these options for a step function."""
+        return partial(_found, state_of, options, (of_forward, of_backward))
+
+    with_units = make if scale is None else partial(scaled, make, scale)
     state_of = select_state(f) if has_aux else f
+    if batch_axis is None:
+        solve_state = with_units(state_of)
+    else:
+        solve_state = batched(with_units, state_of, batch_axis)
 
     def solve(
         params: PyTree,
@@ -283,138 +346,7 @@ def rbp_solve(
         probe: AdjointReport | None = None,
     ) -> Solution:
         """Solves h* = f(params, inputs, h*) from h0."""
-        step, args, h0 = close(state_of, params, inputs, h0)
-        probe = as_probe(probe, h0)
-        if verify and probe is not None and not has_products(partial(step, args), h0):
-            raise TypeError(
-                "rbp_solve: `verify=True` needs products with J, and f has a function "
-                "with a backward pass of its own (custom_vjp). Leave `verify` out: the "
-                "bound is then estimated without."
-            )
-        try:
-            solution = reuse.run(_solved, (step, *options), args, h0, probe)
-        except TypeError as error:
-            if not _no_forward_mode(error):
-                raise
-            raise TypeError(_NO_FORWARD_MODE) from error
-        value, *diagnostics = solution
-        solution = Solution(value, *map(lax.stop_gradient, diagnostics))
-        if line is not None:
-            line.ended(solution)
-        solution = heard(solution, on_failure, "forward")
+        solution = solve_state(params, inputs, h0, probe)
         return with_aux(f, params, inputs, solution) if has_aux else solution
 
     return solve
-
-
-def rbp_vjp(
-    f: StepFn,
-    params: PyTree,
-    inputs: PyTree,
-    h_star: PyTree,
-    cotangent: PyTree,
-    *,
-    backward: BackwardRule = Adaptive(),
-    start: PyTree | None = None,
-) -> tuple[tuple[PyTree, PyTree], Solution]:
-    """The gradient of a fixed point, as a plain function of the fixed point.
-
-    Solves (I - Jᵀ) z = g by ``backward`` and returns (∂f/∂θ)ᵀz and (∂f/∂x)ᵀz. Exact,
-    truncated or unbiased as the rule is, provided that h_star is a fixed point.
-
-    Cost: one linearization of f and one rule, one VJP more with a start. AD modes:
-    those of the rule's loops.
-
-    Args:
-      f: step function ``f(params, inputs, h) -> h``.
-      params: pytree; integer leaves get float0 cotangents, as in ``jax.vjp``, and
-        leaves that are no arrays None.
-      inputs: pytree, likewise.
-      h_star: the fixed point, a pytree of floating-point arrays.
-      cotangent: g, a pytree like ``h_star``.
-      backward: any ``BackwardRule``.
-      start: an adjoint to start from, such as that of the last training step, a pytree
-        like ``h_star``; see ``AdjointReport``.
-
-    Returns:
-      ``((params_bar, inputs_bar), solution)``, the latter with the adjoint z as value.
-
-    Raises:
-      ValueError: if f changes the state, ``cotangent`` or ``start`` is not like
-        ``h_star``, or the rule takes no start.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from rbpjax import rbp_vjp
-      >>> jnp.set_printoptions(precision=4, suppress=True)
-      >>> f = lambda a, x, h: a * h + x  # h* = x / (1 - a), ∂h*/∂x = 1 / (1 - a)
-      >>> a, x = jnp.array([0.5]), jnp.array([1.0])
-      >>> (_, x_bar), _ = rbp_vjp(f, a, x, jnp.array([2.0]), jnp.array([1.0]))
-      >>> print(x_bar)
-      [2.]
-
-    References:
-      Liao et al. 2018, equations 8 and 9.
-    """
-    step, args, h_star = close(f, params, inputs, h_star)
-    check_like(cotangent, h_star, "`cotangent`", "`h_star`")
-    cotangent = jax.tree.map(jnp.asarray, cotangent)
-    if start is not None:
-        check_like(start, h_star, "`start`", "`h_star`")
-        start = jax.tree.map(jnp.asarray, start)
-    _, vjp = jax.vjp(step, args, h_star)
-    solution = apply_rule(backward, lambda v: vjp(v)[1], cotangent, start)
-    _, params_bar, inputs_bar = vjp(solution.value)[0]
-    return (params_bar, inputs_bar), solution
-
-
-def rbp_jvp(
-    f: StepFn,
-    params: PyTree,
-    inputs: PyTree,
-    h_star: PyTree,
-    tangents: tuple[PyTree, PyTree],
-    *,
-    backward: BackwardRule = Adaptive(),
-) -> Solution:
-    """The directional derivative of a fixed point: forward mode.
-
-    Solves (I - J) ḣ = ∂f/∂θ θ̇ + ∂f/∂x ẋ by ``backward``, which is handed v ↦ Jv in the
-    place of v ↦ Jᵀv. Under ``jax.vmap`` over tangents it is what ``jacfwd`` would do.
-
-    Cost: one linearization of f, one evaluation of its tangent, one rule.
-
-    Args:
-      f: step function ``f(params, inputs, h) -> h``.
-      params: pytree of floating-point arrays; leaves that are no arrays are set aside.
-      inputs: pytree, likewise.
-      h_star: the fixed point.
-      tangents: ``(params_dot, inputs_dot)``, pytrees like params and inputs, with
-        anything or None in place of the leaves that are no arrays.
-      backward: any ``BackwardRule``.
-
-    Returns:
-      ``Solution`` with ḣ as value, a pytree like ``h_star``.
-
-    Raises:
-      ValueError: if f changes the state.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from rbpjax import rbp_jvp
-      >>> jnp.set_printoptions(precision=4, suppress=True)
-      >>> f = lambda a, x, h: a * h + x
-      >>> a, x, h = jnp.array([0.5]), jnp.array([1.0]), jnp.array([2.0])
-      >>> h_dot = rbp_jvp(f, a, x, h, (jnp.zeros(1), jnp.ones(1))).value
-      >>> print(h_dot)
-      [2.]
-
-    References:
-      Liao et al. 2018, equation 6.
-    """
-    step, args, h_star = close(f, params, inputs, h_star)
-    consts, params, inputs = args
-    drive = lambda p, x: step((consts, p, x), h_star)
-    _, h_dot = jax.jvp(drive, (params, inputs), only_arrays(tuple(tangents)))
-    _, jvp = jax.linearize(partial(step, args), h_star)
-    return apply_rule(backward, jvp, h_dot)

@@ -83,24 +83,39 @@ def speaking(
     """The rule, with a word on how it goes and ends."""
     if on_failure == "ignore" and line is None:
         return rule
-    truncated = getattr(rule, "steps", None) is not None
-
-    def run(vjp: LinearMap, cotangent: PyTree, **start: PyTree) -> Solution:
-        solution = rule(noted(vjp, line), cotangent, **start)
-        if line is not None:
-            line.ended(solution)
-        return heard(solution, on_failure, "backward", truncated=truncated)
-
-    def with_start(
-        vjp: LinearMap, cotangent: PyTree, *, start: PyTree | None = None
-    ) -> Solution:
-        return run(vjp, cotangent, **({} if start is None else {"start": start}))
-
-    def without(vjp: LinearMap, cotangent: PyTree) -> Solution:
-        return run(vjp, cotangent)
-
+    run = with_start if takes_start(rule) else without_start
+    # A pytree: the numbers of the rule stay its leaves.
     # pyrefly: ignore[bad-return]  # a rule may do without `start`
-    return with_start if takes_start(rule) else without
+    return jax.tree_util.Partial(partial(run, on_failure, line), rule)
+
+
+def with_start(
+    on_failure: OnFailure,
+    line: Line | None,
+    rule: BackwardRule,
+    vjp: LinearMap,
+    cotangent: PyTree,
+    *,
+    start: PyTree | None = None,
+) -> Solution:
+    """What the rule finds, with a word on how it goes and ends."""
+    options = {} if start is None else {"start": start}
+    solution = rule(noted(vjp, line), cotangent, **options)
+    if line is not None:
+        line.ended(solution)
+    truncated = getattr(rule, "steps", None) is not None
+    return heard(solution, on_failure, "backward", truncated=truncated)
+
+
+def without_start(
+    on_failure: OnFailure,
+    line: Line | None,
+    rule: BackwardRule,
+    vjp: LinearMap,
+    cotangent: PyTree,
+) -> Solution:
+    """The same of a rule that takes no start."""
+    return with_start(on_failure, line, rule, vjp, cotangent)
 
 
 class Line:

@@ -22,11 +22,14 @@ from rbpjax._core.sharding import vary_like
 from rbpjax._core.step import check_like, close, convert, floats, merge, others
 from rbpjax.types import PyTree, StepFn
 from rbpjax.unitary.history import (
+    CHECKS,
     History,
     HistoryReport,
     Inverse,
+    Kept,
     by_inverse,
     by_replay,
+    fingerprint,
 )
 
 
@@ -186,7 +189,7 @@ class _Saved(NamedTuple):
     floating: PyTree
     rest: PyTree
     end: PyTree
-    kept: PyTree  # [anchors, …]
+    kept: Kept
     probe: HistoryReport
 
 
@@ -211,20 +214,30 @@ def _scan_fwd(
     run: _Run, floating: PyTree, rest: PyTree, h0: PyTree, probe: HistoryReport
 ) -> tuple[tuple[PyTree, PyTree], _Saved]:
     p, xs = merge(floating, rest)
-    kept = jax.tree.map(lambda h: jnp.broadcast_to(h, (run.anchors, *h.shape)), h0)
+    times = lambda count, x: jnp.broadcast_to(x, (count, *x.shape))
+    anchors = jax.tree.map(lambda h: times(run.anchors, h), h0)
+    kept = Kept(anchors, times(CHECKS, fingerprint(h0)))
+    every = -(-run.total // CHECKS)
+
+    def keep(t: jax.Array, stride: int, kept: PyTree, now: PyTree) -> PyTree:
+        """With what there is at time t, if that is a multiple of the stride."""
+        place = t // stride
+        put = lambda all_, one: all_.at[place].set(
+            jnp.where(t % stride == 0, one, all_[place])
+        )
+        return jax.tree.map(put, kept, now)
 
     # Time is counted in the carry: an arange would be an array of T numbers.
     def body(
-        carry: tuple[jax.Array, PyTree, PyTree], x: PyTree
-    ) -> tuple[tuple[jax.Array, PyTree, PyTree], PyTree]:
-        t, h, kept = carry
+        carry: tuple[jax.Array, PyTree, Kept], x: PyTree
+    ) -> tuple[tuple[jax.Array, PyTree, Kept], PyTree]:
+        t, h, (anchors, marks) = carry
         if run.anchors > 1:
-            keep = lambda all_, one: all_.at[t // run.stride].set(
-                jnp.where(t % run.stride == 0, one, all_[t // run.stride])
-            )
-            kept = jax.tree.map(keep, kept, h)
+            anchors = keep(t, run.stride, anchors, h)
+        if isinstance(run.history, Inverse):
+            marks = keep(t, every, marks, fingerprint(h))
         h, y = run.step(p, x, h)
-        return (t + 1, h, kept), y
+        return (t + 1, h, Kept(anchors, marks)), y
 
     start = (jnp.array(0), h0, kept)
     (_, h, kept), ys = jax.lax.scan(body, start, xs, run.total)
@@ -251,7 +264,7 @@ def _scan_bwd(
         start, seek = by_inverse(back, saved.kept, run.stride, saved.end, run.total)
     else:
         forth = lambda slice_, h: run.step(whole, merge(slice_[0], slice_[1]), h)[0]
-        h0 = jax.tree.map(lambda x: x[0], saved.kept)
+        h0 = jax.tree.map(lambda x: x[0], saved.kept.anchors)
         start, seek = by_replay(forth, slices, h0, run.history.slots)
 
     def body(now: _Backward, slice_: PyTree) -> tuple[_Backward, PyTree]:

@@ -92,9 +92,12 @@ BAD_FIELDS = {
     "neumann_float": (lambda: Neumann(steps=3.0), "Neumann.*`steps`.*int.*3.0"),
     "neumann_bool": (lambda: Neumann(steps=True), "Neumann.*`steps`.*int.*True"),
     "neumann_array": (
-        lambda: Neumann(steps=jnp.int32(3)),
-        "`steps`.*Array.*cannot be options",
+        lambda: Neumann(steps=jnp.arange(3)),
+        "`steps`.*Array.*cannot be options, but for scalars",
     ),
+    "neumann_scalar": (lambda: Neumann(steps=jnp.int32(-3)), "`steps`.*at least 0.*-3"),
+    "neumann_kind": (lambda: Neumann(steps=jnp.float32(3)), "`steps`.*integer.*Array"),
+    "neumann_tol_array": (lambda: Neumann(tol=jnp.array(1.5)), "`tol`.*[0, 1).*1.5"),
     "neumann_tol": (lambda: Neumann(tol=-1e-3), "Neumann.*`tol`.*[0, 1).*-0.001"),
     "neumann_budget": (lambda: Neumann(max_steps=0), "`max_steps`.*at least 1.*0"),
     "cg_budget": (
@@ -109,8 +112,8 @@ BAD_FIELDS = {
         "`ridge`.*Tracer.*cannot be options",
     ),
     "forward_tracer": (
-        lambda: traced_field(lambda t: RBP(FixedPointIteration(tol=t))),
-        "`tol`.*Tracer.*cannot be options",
+        lambda: traced_field(lambda t: RBP(FixedPointIteration(damping=t))),
+        "`damping`.*Tracer.*cannot be options",
     ),
     "rbp_solver": (
         lambda: RBP("anderson"),

@@ -82,13 +82,3 @@ def test_a_second_derivative_through_it():
     want = jax.jacrev(jax.grad(lambda w: jnp.sum(plain(w, X, H).value ** 2)))(W)
     got = jax.jit(jax.jacrev(lambda w, d: gradient(w, d, 500)[1]))(W, 0.3)
     np.testing.assert_allclose(got, want, rtol=1e-7)
-
-
-def test_an_option_that_is_traced_is_refused_with_the_line_to_write():
-    """The line, run as it stands."""
-    with pytest.raises(ValueError, match="cannot be options") as error:
-        jax.jit(lambda k: rbpjax.FixedPointIteration(steps=k)(jnp.sin, H).value)(3)
-    line = str(error.value).split("forward=")[1].rstrip(".")
-    scope: dict = {"jax": jax, "Solution": Solution, "k": 400}
-    solve = rbp_solve(f, forward=eval(line, scope))
-    np.testing.assert_allclose(jnp.sum(solve(W, X, H).value ** 2), dense()[0])

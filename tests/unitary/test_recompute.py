@@ -166,6 +166,51 @@ def test_drift_tells_of_a_wrong_inverse():
     assert jax.jit(jax.grad(total))(HistoryReport.zeros()).drift > 0.1
 
 
+@pytest.mark.parametrize("steps", [20, 3000])
+def test_what_grew_and_shrank_again_is_told(steps):
+    """Steps that stretch one direction and shrink it later, in float32.
+
+    Rounding grows a hundred million times and is gone at h0, where anchors look. With
+    3,000 steps not each of them is looked at.
+    """
+    random = np.random.default_rng(0).normal(size=(3, 3))
+    turn = jnp.array(np.linalg.qr(random)[0], jnp.float32)
+    rate = np.float32(10 ** (16 / steps))
+    half = jnp.array([rate] * (steps // 2) + [1 / rate] * (steps // 2), jnp.float32)
+    c, s = np.cos(0.3), np.sin(0.3)
+    spin = jnp.array([[c, 0, -s], [0, 1, 0], [s, 0, c]], jnp.float32)
+    stretch = lambda x, h: h.at[1].multiply(x)
+    f = lambda p, x, h: p * turn @ spin @ stretch(x, turn.T @ h)
+    inverse = lambda p, x, h: turn @ stretch(1 / x, spin.T @ turn.T @ h) / p
+    h0 = turn[:, 0]
+
+    def total(p, probe, anchors):
+        history = Inverse(inverse=inverse, anchors=anchors)
+        h, _ = recomputed_scan(f, p, half, h0, history=history, probe=probe)
+        return h[0]
+
+    report, drifts = jax.jit(jax.grad(total, (0, 1)), static_argnums=2), {}
+    for anchors in (1, steps):
+        _, told = report(jnp.float32(1.0), HistoryReport.zeros(), anchors)
+        drifts[anchors] = told.drift
+
+    def there_and_back():
+        """The states of both ways, the oracle."""
+        states = [h0]
+        for x in half:
+            states.append(f(jnp.float32(1), x, states[-1]))
+        h, error = states[-1], []
+        for x, right in zip(half[::-1], states[-2::-1], strict=True):
+            h = inverse(jnp.float32(1), x, h)
+            error.append(jnp.abs(h - right).max())
+        return max(error), error[-1]
+
+    if steps == 20:
+        most, last = there_and_back()
+        assert last < 1e-3 * most  # an anchor at h0 sees nothing of it
+    assert drifts[1] > 0.1 and drifts[steps] == 0
+
+
 def test_drift_of_a_non_finite_run_is_nan():
     """A run that breaks down says so in the report and does not raise."""
     f = lambda p, x, h: p * h

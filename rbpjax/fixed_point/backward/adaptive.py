@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rbpjax._core import tree
-from rbpjax._core.strategy import count, strategy, tolerance
+from rbpjax._core.strategy import budget, count, strategy, tolerance
 from rbpjax.fixed_point.backward.bicgstab import BiCGSTAB
 from rbpjax.fixed_point.backward.cg_normal import CGNormal
 from rbpjax.fixed_point.backward.gmres import GMRES
@@ -84,8 +84,8 @@ class Adaptive:
       is ours; ``python -m benchmarks families`` measures what it rests on.
     """
 
-    tol: float | None = tolerance(default=None)
-    max_steps: int = count(default=2000)
+    tol: float | jax.Array | None = tolerance(default=None)
+    max_steps: int | jax.Array = budget(default=2000)
     patience: int = count(default=100)
 
     def __call__(
@@ -93,7 +93,7 @@ class Adaptive:
     ) -> Solution:
         """Solves (I - Jᵀ) z = g."""
         system = System.of(vjp, cotangent, self.tol)
-        krylov = BiCGSTAB(max_steps=self.max_steps // 2 or 1)
+        krylov = BiCGSTAB(max_steps=(self.max_steps + 1) // 2)
 
         def unsolved(attempts: tuple[jax.Array, Progress]) -> jax.Array:
             number, now = attempts
@@ -154,7 +154,9 @@ class Adaptive:
             # Towards a left null vector: what is left of a term hardly changes.
             change = tree.norm(tree.sub(r, now.r))
             settled = stubborn & (change <= system.tol * error)
-            gone = (taken >= self.patience) & (left > self.max_steps)
+            gone = (taken >= self.patience) & (
+                left > jnp.asarray(self.max_steps, left.dtype)
+            )
             gone &= change > SETTLING * error
             good = jnp.where(stubborn, ~gone, ~(hopeless | slow))
             good &= (error < GROWTH * start.error) & ~settled  # False for NaN

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rbpjax._core import sharding, tree
-from rbpjax._core.strategy import count, strategy, tolerance
+from rbpjax._core.strategy import budget, count, strategy, tolerance
 from rbpjax.fixed_point.backward.rule import Progress, System, ratio
 from rbpjax.types import LinearMap, PyTree, Solution
 
@@ -52,8 +52,8 @@ class BiCGSTAB:
       is 0, which ends the pass instead of making NaN.
     """
 
-    tol: float | None = tolerance(default=None)
-    max_steps: int = count(default=500)
+    tol: float | jax.Array | None = tolerance(default=None)
+    max_steps: int | jax.Array = budget(default=500)
     patience: int = count(default=30)
 
     def __call__(

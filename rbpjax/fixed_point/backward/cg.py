@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rbpjax._core import sharding, tree
-from rbpjax._core.strategy import count, strategy, tolerance
+from rbpjax._core.strategy import budget, strategy, tolerance
 from rbpjax.fixed_point.backward.rule import Progress, System, ratio
 from rbpjax.types import LinearMap, PyTree, Solution
 
@@ -50,8 +50,8 @@ class CG:
       J. Res. Nat. Bur. Standards 49, 1952.
     """
 
-    tol: float | None = tolerance(default=None)
-    max_steps: int = count(default=1000)
+    tol: float | jax.Array | None = tolerance(default=None)
+    max_steps: int | jax.Array = budget(default=1000)
 
     def __call__(
         self, vjp: LinearMap, cotangent: PyTree, *, start: PyTree | None = None

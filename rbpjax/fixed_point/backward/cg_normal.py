@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rbpjax._core import tree
-from rbpjax._core.strategy import count, real, strategy, tolerance
+from rbpjax._core.strategy import budget, real, strategy, tolerance
 from rbpjax.fixed_point.backward.rule import Progress, System
 from rbpjax.types import LinearMap, PyTree, Solution
 
@@ -58,8 +58,8 @@ class CGNormal:
       tolerance, J from automatic differentiation, and the last iterate is kept.
     """
 
-    tol: float | None = tolerance(default=None)
-    max_steps: int = count(default=1000)
+    tol: float | jax.Array | None = tolerance(default=None)
+    max_steps: int | jax.Array = budget(default=1000)
     ridge: float = real(default=0.0)
 
     def __call__(

@@ -53,7 +53,7 @@ class Direct:
       Liao et al. 2018, equation 8, the inverse that the paper's methods avoid.
     """
 
-    tol: float | None = tolerance(default=None)
+    tol: float | jax.Array | None = tolerance(default=None)
     max_size: int = count(default=4096)
 
     def __call__(

@@ -10,7 +10,7 @@ from jax import lax
 
 from rbpjax._core import sharding, tree
 from rbpjax._core.arnoldi import combine, orthogonalize
-from rbpjax._core.strategy import count, strategy, tolerance
+from rbpjax._core.strategy import budget, count, strategy, tolerance
 from rbpjax.fixed_point.backward.rule import Progress, System, ratio
 from rbpjax.types import LinearMap, PyTree, Solution
 
@@ -54,8 +54,8 @@ class GMRES:
       all steps have one shape.
     """
 
-    tol: float | None = tolerance(default=None)
-    max_steps: int = count(default=500)
+    tol: float | jax.Array | None = tolerance(default=None)
+    max_steps: int | jax.Array = budget(default=500)
     restart: int = count(default=20)
 
     def __call__(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rbpjax._core import sharding, tree
-from rbpjax._core.strategy import count, real, strategy, tolerance
+from rbpjax._core.strategy import budget, count, real, strategy, tolerance
 from rbpjax.fixed_point.backward.rule import Progress, System, add_terms
 from rbpjax.fixed_point.iterate import next_look
 from rbpjax.types import LinearMap, PyTree, Solution
@@ -59,9 +59,9 @@ class Neumann:
       Models", 2021, https://arxiv.org/abs/2111.05177 (phantom gradients).
     """
 
-    tol: float | None = tolerance(default=None)
-    max_steps: int = count(default=1000)
-    steps: int | None = count(default=None, minimum=0, excludes="tol")
+    tol: float | jax.Array | None = tolerance(default=None)
+    max_steps: int | jax.Array = budget(default=1000)
+    steps: int | jax.Array | None = budget(default=None, minimum=0, excludes="tol")
     damping: float = real(default=0.0, below=1.0)
     check_every: int | None = count(default=None)
 

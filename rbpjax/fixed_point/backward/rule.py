@@ -84,7 +84,7 @@ class System(NamedTuple):
         cls,
         vjp: LinearMap,
         cotangent: PyTree,
-        tol: float | None,
+        tol: float | jax.Array | None,
         *,
         scaled: bool = True,
     ) -> System:
@@ -96,7 +96,7 @@ class System(NamedTuple):
         beside larger ones. Two products find it, more if a leaf is reached later; they
         are the first two of the series, from which the rule goes on.
         """
-        tol = tree.default_tol(cotangent) if tol is None else tol
+        tol = tree.tol_for(cotangent, tol)
         if not scaled or len(jax.tree.leaves(cotangent)) == 1:
             g, size = tree.to_unit(cotangent)
             return cls(vjp, g, size, tol, tol)
@@ -188,7 +188,9 @@ class System(NamedTuple):
         r = tree.where(usable, tree.axpy(-a, image, g), g)
         return nowhere._replace(z=z, r=r, num_products=k + 1, error=tree.norm(r))
 
-    def measured(self, end: Progress, max_steps: int, believed: jax.Array) -> Solution:
+    def measured(
+        self, end: Progress, max_steps: int | jax.Array, believed: jax.Array
+    ) -> Solution:
         """The solution for the cotangent itself, with the residual measured at z.
 
         One VJP, which the compiler removes when nobody reads the report. ``believed``:
@@ -211,7 +213,7 @@ class System(NamedTuple):
         self,
         one_pass: Callable[[Progress], Progress],
         start: Progress,
-        max_steps: int,
+        max_steps: int | jax.Array,
         error: Callable[[PyTree, PyTree], jax.Array] = lambda z, r: tree.norm(r),
         error_products: int = 0,
         *,
@@ -256,7 +258,7 @@ class System(NamedTuple):
         return lax.while_loop(unsolved, body, (start, infinity))[0]
 
     def refined(
-        self, end: Progress, max_steps: int, error: jax.Array | None = None
+        self, end: Progress, max_steps: int | jax.Array, error: jax.Array | None = None
     ) -> Solution:
         """The solution for the cotangent itself, where ``end.r`` was measured.
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rbpjax._core import sharding, tree
-from rbpjax._core.strategy import count, real, strategy, tolerance
+from rbpjax._core.strategy import budget, count, real, strategy, tolerance
 from rbpjax.fixed_point.iterate import (
     Look,
     meets,
@@ -66,15 +66,15 @@ class Anderson:
       on Numerical Analysis 49, 2011, equation 2.2 (unconstrained form).
     """
 
-    tol: float | None = tolerance(default=None)
-    max_steps: int = count(default=500)
+    tol: float | jax.Array | None = tolerance(default=None)
+    max_steps: int | jax.Array = budget(default=500)
     memory: int = count(default=5)
     damping: float = real(default=0.0, below=1.0)
     ridge: float | None = real(default=None)
 
     def __call__(self, step: Callable[[PyTree], PyTree], h0: PyTree) -> Solution:
         """Solves h = step(h) from ``h0``."""
-        tol = tree.default_tol(h0) if self.tol is None else self.tol
+        tol = tree.tol_for(h0, self.tol)
         search = Search.begin(h0)
         search, k = self.run(step, search, jnp.zeros_like(search.num_steps), tol)
         return search.solution(k, tol, self.max_steps)

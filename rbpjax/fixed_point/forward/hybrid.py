@@ -12,7 +12,7 @@ from jax import lax
 from rbpjax._core import tree
 from rbpjax._core.arnoldi import Krylov, arnoldi
 from rbpjax._core.step import has_sure_products
-from rbpjax._core.strategy import count, strategy, tolerance
+from rbpjax._core.strategy import budget, strategy, tolerance
 from rbpjax.fixed_point.forward.anderson import Anderson
 from rbpjax.fixed_point.forward.iteration import FixedPointIteration
 from rbpjax.fixed_point.iterate import (
@@ -83,12 +83,12 @@ class Hybrid:
       "Convergence analysis of pseudo-transient continuation", 1998.
     """
 
-    tol: float | None = tolerance(default=None)
-    max_steps: int = count(default=1000)
+    tol: float | jax.Array | None = tolerance(default=None)
+    max_steps: int | jax.Array = budget(default=1000)
 
     def __call__(self, step: Callable[[PyTree], PyTree], h0: PyTree) -> Solution:
         """Solves h = step(h) from ``h0``."""
-        tol = tree.default_tol(h0) if self.tol is None else self.tol
+        tol = tree.tol_for(h0, self.tol)
         plain = FixedPointIteration(max_steps=self.max_steps)
         end = plain.run(step, h0, tol, PATIENCE)
         return lax.cond(
@@ -151,7 +151,7 @@ def newton_krylov(
     search: Search,
     k: jax.Array,
     tol: float | jax.Array,
-    max_steps: int,
+    max_steps: int | jax.Array,
     settled: jax.Array,
 ) -> _State:
     """Newton-GMRES from the best point of a search, in up to three attempts.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rbpjax._core import sharding, tree
-from rbpjax._core.strategy import count, real, strategy, tolerance
+from rbpjax._core.strategy import budget, count, real, strategy, tolerance
 from rbpjax.fixed_point.iterate import (
     Look,
     error_tol,
@@ -77,15 +77,15 @@ class FixedPointIteration:
       Equations", SIAM 1995, section 4.2.
     """
 
-    tol: float | None = tolerance(default=None)
-    max_steps: int = count(default=1000)
-    steps: int | None = count(default=None, minimum=0, excludes="tol")
+    tol: float | jax.Array | None = tolerance(default=None)
+    max_steps: int | jax.Array = budget(default=1000)
+    steps: int | jax.Array | None = budget(default=None, minimum=0, excludes="tol")
     damping: float = real(default=0.0, below=1.0)
     check_every: int | None = count(default=None)
 
     def __call__(self, step: Callable[[PyTree], PyTree], h0: PyTree) -> Solution:
         """Solves h = step(h) from ``h0``."""
-        tol = tree.default_tol(h0) if self.tol is None else self.tol
+        tol = tree.tol_for(h0, self.tol)
         if self.steps is not None:
             h = lax.fori_loop(0, self.steps, lambda _, h: self._mix(step(h), h), h0)
             return judged(step, h, self.steps, tol, self.damping)

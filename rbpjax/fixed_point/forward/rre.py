@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rbpjax._core import tree
-from rbpjax._core.strategy import count, real, strategy, tolerance
+from rbpjax._core.strategy import budget, count, real, strategy, tolerance
 from rbpjax.fixed_point.forward.anderson import regularized_solve
 from rbpjax.fixed_point.iterate import (
     Look,
@@ -65,14 +65,14 @@ class RRE:
       29, 1987, section 3 (RRE, in cycles); Walker and Ni 2011 for the form of γ.
     """
 
-    tol: float | None = tolerance(default=None)
-    max_steps: int = count(default=1000)
+    tol: float | jax.Array | None = tolerance(default=None)
+    max_steps: int | jax.Array = budget(default=1000)
     memory: int = count(default=5)
     ridge: float | None = real(default=None)
 
     def __call__(self, step: Callable[[PyTree], PyTree], h0: PyTree) -> Solution:
         """Solves h = step(h) from ``h0``."""
-        tol = tree.default_tol(h0) if self.tol is None else self.tol
+        tol = tree.tol_for(h0, self.tol)
         eps = float(jnp.finfo(tree.real_dtype(h0)).eps)
         ridge = 10 * eps if self.ridge is None else self.ridge
         m = self.memory
