@@ -5,10 +5,10 @@ A loop's carry must have one type on entry and on exit. Inside ``shard_map`` wit
 with explicit axes its sharding is: what is made from nothing, such as zeros or random
 numbers, must be given the type of the data that it will meet.
 
-Where f itself has collectives, the devices of a ``shard_map`` (or the rows of a ``vmap``
-with an axis name) hold the parts of one state, and all must take the same decisions:
-sums over the state go over those axes too. Which ones they are is found in f's jaxpr,
-when a solver or rule is called; ``coupled`` tells all sums below that call.
+Where f itself has collectives, the devices of a ``shard_map`` (or the rows of a
+``vmap`` with an axis name) hold the parts of one state, and all must take the same
+decisions: sums over the state go over those axes too. Which ones they are is found in
+f's jaxpr, when a solver or rule is called; ``coupled`` tells all sums below that call.
 """
 
 from __future__ import annotations
@@ -106,6 +106,11 @@ def coupling(f: Callable[..., PyTree], *examples: PyTree) -> frozenset:
     return found if names is None else found & frozenset(names)
 
 
+def summed(f: Callable[..., PyTree], *examples: PyTree) -> Any:
+    """The context in which sums over states go over the coupling axes of ``f``."""
+    return coupled(coupling(f, *examples))
+
+
 def check_coupled(strategy: object, axes: frozenset, remedy: str) -> None:
     """Raises ValueError for a solver or rule that would not sum over ``axes``."""
     ours = getattr(strategy, "__module__", "").startswith("rbpjax.")
@@ -130,20 +135,33 @@ def _collectives(jaxpr: core.Jaxpr) -> Iterator[Any]:
         for value in inner:
             yield from _collectives(value)
         if not inner and eqn.primitive.name != "axis_index":
-            kinds = [e for e in eqn.effects if type(e).__name__ == "NamedAxisEffect"]
-            yield from (effect.name for effect in kinds)
+            yield from (e.name for e in eqn.effects if hasattr(e, "name"))
 
 
 def total(x: jax.Array) -> jax.Array:
     """The sum of ``x`` over the coupled axes; of the type of ``x``."""
-    axes = _coupled.get()
-    return vary_like(lax.psum(x, axes), x) if axes else x
+    return _reduced(lax.psum, x)
 
 
 def largest(x: jax.Array) -> jax.Array:
     """The largest ``x`` over the coupled axes; of the type of ``x``."""
+    # It only scales, and has no derivative in JAX.
+    return _reduced(lax.pmax, lax.stop_gradient(x))
+
+
+def _reduced(reduce: Callable, x: jax.Array) -> jax.Array:
     axes = _coupled.get()
-    return vary_like(lax.pmax(x, axes), x) if axes else x
+    if not axes:
+        return x
+    # Those whose collectives want an x that varies over all of them: with check_vma.
+    checked = varying_axes([jax.typeof(lax.axis_index(axes))])
+    return vary_like(reduce(vary(x, checked), axes), x)
+
+
+def own_key(key: jax.Array) -> jax.Array:
+    """A key of each part of a coupled state: parts must not be alike."""
+    axes = _coupled.get()
+    return jax.random.fold_in(key, lax.axis_index(axes)) if axes else key
 
 
 def parts() -> int:

@@ -266,7 +266,7 @@ def adjoint(linear: Callable[[PyTree], PyTree], like: PyTree) -> Callable:
 def random_unit(key: jax.Array, like: PyTree) -> PyTree:
     """A random direction of norm one with the structure and dtypes of ``like``."""
     leaves, treedef = jax.tree.flatten(like)
-    keys = jax.random.split(key, len(leaves))
+    keys = jax.random.split(sharding.own_key(key), len(leaves))
     draws = [
         jax.random.normal(k, x.shape, x.dtype)
         for k, x in zip(keys, leaves, strict=True)

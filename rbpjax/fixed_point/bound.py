@@ -212,7 +212,8 @@ def _leaf_rms(x: PyTree) -> jax.Array:
 def _random(h: PyTree, seed: int = 0) -> tuple[PyTree, PyTree]:
     """Numbers in (0, 1), and signs, like the state; the same ones for the same seed."""
     leaves, treedef = jax.tree.flatten(h)
-    keys = jax.random.split(jax.random.key(seed), (2, len(leaves)))
+    key = sharding.own_key(jax.random.key(seed))
+    keys = jax.random.split(key, (2, len(leaves)))
     draw = lambda make, row: sharding.typed_like(
         jax.tree.unflatten(
             treedef,
