@@ -21,6 +21,7 @@ from benchmarks.online.experiment import Online
 from benchmarks.perturb.experiment import Perturb
 from benchmarks.readme import Readme
 from benchmarks.rooms.fuzz import FuzzRooms
+from benchmarks.scaling.kills import Kills
 from benchmarks.unitary.experiment import Unitary
 
 # To add an experiment, write it in one file and add one row here.
@@ -32,6 +33,7 @@ EXPERIMENTS: tuple[type[Experiment], ...] = (
     FuzzRooms,
     Hopfield,
     Hyperopt,
+    Kills,
     Modes,
     Online,
     Perturb,

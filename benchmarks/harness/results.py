@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 import rbpjax
+from benchmarks.harness import guard
 from benchmarks.harness.options import UsageError
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -106,14 +107,7 @@ def write_json(name: str, content: Mapping[str, Any]) -> Path:
 
 def prepare() -> None:
     """Makes the folder of results, and tries to write: before a run, not after it."""
-    trial = RESULTS / ".trial"
-    try:
-        RESULTS.mkdir(exist_ok=True, parents=True)
-        trial.touch()
-        trial.unlink()
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise UsageError(f"cannot write into {RESULTS}: {reason}") from None
+    guard.room(RESULTS, 2**20)
 
 
 def read_json(name: str) -> dict[str, Any]:

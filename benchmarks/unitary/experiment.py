@@ -65,6 +65,8 @@ class Unitary:
             # A run with other options does not overwrite the committed results.
             name = f"unitary-{part}" + ("" if self == same else "-custom")
             write_json(name, result)
+            if part in TASKS:
+                opened(part, self).clear()
             draw(result, name)
             say(f"{name}\n{table(rows(result))}\n")
 
@@ -105,12 +107,22 @@ def _unitary(activation: Activation, task: Any, gain: float, scale: float) -> An
     return networks.unitary(task, 128, activation, gain, scale)
 
 
-def train(name: str, make: Callable, options: Unitary) -> dict[str, Any]:
-    """Trains the chosen networks on one task; stacks the curves of the seeds."""
-    # Runs are kept by task and plan, so that other networks or seeds may join them.
+TASKS = ("copying", "adding", "digits")
+
+
+def opened(name: str, options: Unitary, fresh: bool = False) -> Checkpoints:
+    """The checkpoints of a task.
+
+    Kept by task and plan, so that other networks or seeds may join them.
+    """
     kept = {k: getattr(options, k) for k in ("delay", "length", "dataset", "shorten")}
     kept["plans"] = {n: p for (task, n), p in PLANS.items() if task == name}
-    checkpoints = Checkpoints(f"unitary-{name}", kept, options.fresh)
+    return Checkpoints(f"unitary-{name}", kept, fresh)
+
+
+def train(name: str, make: Callable, options: Unitary) -> dict[str, Any]:
+    """Trains the chosen networks on one task; stacks the curves of the seeds."""
+    checkpoints = opened(name, options, options.fresh)
     result: dict[str, Any] = {}
     for network in options.networks:
         gain, scale, plan = PLANS[name, network]
@@ -141,7 +153,6 @@ def train(name: str, make: Callable, options: Unitary) -> dict[str, Any]:
         }
         losses = mean_std([c[-1] for c in curves["loss"]])
         say(f"{name}: {TITLES[network]}: loss {losses}")
-    checkpoints.clear()
     return {"memoryless": task.memoryless, "networks": result}
 
 

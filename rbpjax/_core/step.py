@@ -76,9 +76,11 @@ def close(
     h = as_state(h)
     closed = convert(f, params, inputs, h)
     _check_step(closed.out, h)
-    if closed.varies - sharding.varying_axes(map(jax.typeof, jax.tree.leaves(h))):
-        # Inside shard_map, f's output varies where h did not.
-        h = sharding.vary(h, closed.varies)
+    kinds = list(map(jax.typeof, jax.tree.leaves(h)))
+    varies = closed.varies | sharding.varying_axes(kinds)
+    if any(varies - sharding.varying_axes([kind]) for kind in kinds):
+        # Inside shard_map, f's output varies where h did not, or leaves differ.
+        h = sharding.vary(h, varies)
         closed = convert(f, params, inputs, h)
 
     step = _Step(closed.program, jax.tree.structure(h), closed.call)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from rbpjax._core import sharding
 from rbpjax._core.sharding import is_sharded, typed_like
 from rbpjax.types import PyTree
 
@@ -120,8 +121,18 @@ def cast_like(x: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(lambda u, v: u.astype(v.dtype), x, like)
 
 
+def entries(x: PyTree) -> int:
+    """The number of entries, of all parts of a coupled state; 1 where there is none."""
+    return max(sum(u.size for u in jax.tree.leaves(x)) * sharding.parts(), 1)
+
+
 def vdot(x: PyTree, y: PyTree) -> jax.Array:
     """The real inner product Re⟨x̄, y⟩."""
+    return sharding.total(own_vdot(x, y))
+
+
+def own_vdot(x: PyTree, y: PyTree) -> jax.Array:
+    """What the part of a coupled state that is here adds to ``vdot``."""
     dtype = real_dtype((x, y))
 
     def leaf(u: jax.Array, v: jax.Array) -> jax.Array:
@@ -144,7 +155,7 @@ def products(rows: PyTree, x: PyTree) -> jax.Array:
         if jnp.iscomplexobj(u):
             return leaf(b.real, u.real) + leaf(b.imag, u.imag)
         if is_sharded(u):
-            return jax.vmap(lambda row: vdot(row, u))(b)
+            return jax.vmap(lambda row: own_vdot(row, u))(b)
         over = tuple(range(u.ndim))
         return lax.dot_general(
             b.astype(dtype),
@@ -153,7 +164,7 @@ def products(rows: PyTree, x: PyTree) -> jax.Array:
             precision=lax.Precision.HIGHEST,
         )
 
-    return jax.tree.reduce(jnp.add, jax.tree.map(leaf, rows, x))
+    return sharding.total(jax.tree.reduce(jnp.add, jax.tree.map(leaf, rows, x)))
 
 
 def norm(x: PyTree) -> jax.Array:
@@ -166,7 +177,7 @@ def max_abs(x: PyTree) -> jax.Array:
     dtype = real_dtype(x)
     zero = jnp.zeros((), dtype)
     leaves = [jnp.max(jnp.abs(u), initial=0).astype(dtype) for u in jax.tree.leaves(x)]
-    return jax.tree.reduce(jnp.maximum, leaves, zero)
+    return sharding.largest(jax.tree.reduce(jnp.maximum, leaves, zero))
 
 
 def power_of_two(x: jax.Array) -> jax.Array:
@@ -200,7 +211,7 @@ def to_unit(x: PyTree) -> tuple[PyTree, jax.Array]:
 
 def rms(x: PyTree) -> tuple[jax.Array, ...]:
     """The root mean square of each leaf, for squares that are representable."""
-    return tuple(norm(u) / max(u.size, 1) ** 0.5 for u in jax.tree.leaves(x))
+    return tuple(norm(u) / entries(u) ** 0.5 for u in jax.tree.leaves(x))
 
 
 def rounding(x: PyTree) -> jax.Array:
@@ -223,7 +234,8 @@ def last_places(h: PyTree) -> PyTree:
 def all_finite(x: PyTree) -> jax.Array:
     """Whether every entry is finite."""
     leaves = [jnp.all(jnp.isfinite(u)) for u in jax.tree.leaves(x)]
-    return jax.tree.reduce(jnp.logical_and, leaves, jnp.array(True))
+    own = jax.tree.reduce(jnp.logical_and, leaves, jnp.array(True))
+    return sharding.total((~own).astype(jnp.int32)) == 0
 
 
 def empty_rows(num: int, like: PyTree) -> PyTree:
@@ -261,7 +273,7 @@ def adjoint(linear: Callable[[PyTree], PyTree], like: PyTree) -> Callable:
 def random_unit(key: jax.Array, like: PyTree) -> PyTree:
     """A random direction of norm one with the structure and dtypes of ``like``."""
     leaves, treedef = jax.tree.flatten(like)
-    keys = jax.random.split(key, len(leaves))
+    keys = jax.random.split(sharding.own_key(key), len(leaves))
     draws = [
         jax.random.normal(k, x.shape, x.dtype)
         for k, x in zip(keys, leaves, strict=True)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from rbpjax._core import tree
+from rbpjax._core import sharding, tree
 from rbpjax._core.convolution import channels_last
 from rbpjax._core.step import ClosedStep, close
 from rbpjax.diagnostics.errors import loop_cut
@@ -212,7 +212,8 @@ def diagnose(
     limit = _short(tree.default_tol(h)) if tol is None else float(tol)
     # One program: called eagerly, each loop would be compiled on its own.
     measure = jax.jit(partial(_measure, step, limit, num_steps))
-    return measure(args, h, key)
+    with sharding.summed(partial(step, args), h):
+        return measure(args, h, key)
 
 
 def _measure(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from rbpjax._core import tree
+from rbpjax._core import sharding, tree
 from rbpjax._core.convolution import channels_last
 from rbpjax._core.step import close
 from rbpjax.diagnostics.spectrum import linearized
@@ -57,8 +57,9 @@ def adjoint_residual(
     step, args, h = close(f, params, inputs, h)
     _, vjp = jax.vjp(partial(step, args), h)
     defect = tree.sub(tree.add(cotangent, vjp(z)[0]), z)
-    size = tree.to_unit(cotangent)[1]
-    return tree.to_unit(defect)[1] / jnp.where(size == 0, 1, size)
+    with sharding.summed(vjp, h):
+        size = tree.to_unit(cotangent)[1]
+        return tree.to_unit(defect)[1] / jnp.where(size == 0, 1, size)
 
 
 def loop_cut_error(
@@ -113,7 +114,8 @@ def loop_cut_error(
         raise ValueError(f"`num_probes` must be at least 1; got {num_probes}.")
     _, jvp, h = linearized(f, params, inputs, h)
     vjp = channels_last(tree.adjoint(jvp, h), h)
-    return loop_cut(vjp, h, key, num_probes)
+    with sharding.summed(jvp, h):
+        return loop_cut(vjp, h, key, num_probes)
 
 
 def loop_cut(vjp: LinearMap, h: PyTree, key: jax.Array, num_probes: int) -> jax.Array:

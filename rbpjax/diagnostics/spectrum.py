@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rbpjax._core import tree
+from rbpjax._core import sharding, tree
 from rbpjax._core.step import close
 from rbpjax.types import LinearMap, PyTree, StepFn
 
@@ -68,7 +68,8 @@ def spectral_radius(
     if num_steps < 4:
         raise ValueError(f"`num_steps` must be at least 4; got {num_steps}.")
     _, jvp, h = linearized(f, params, inputs, h)
-    return growth_rate(growth(jvp, tree.random_unit(key, h), num_steps)[1])
+    with sharding.summed(jvp, h):
+        return growth_rate(growth(jvp, tree.random_unit(key, h), num_steps)[1])
 
 
 def jacobian_norm(
@@ -117,7 +118,8 @@ def jacobian_norm(
     if num_steps < 1:
         raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")
     _, jvp, h = linearized(f, params, inputs, h)
-    return singular_range(jvp, tree.random_unit(key, h), num_steps)[0]
+    with sharding.summed(jvp, h):
+        return singular_range(jvp, tree.random_unit(key, h), num_steps)[0]
 
 
 def linearized(

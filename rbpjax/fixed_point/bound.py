@@ -153,7 +153,9 @@ def _followed(
     ten times too small in one case of sixteen.
     """
     # Noise lies to 1/√n in any one direction: a solve that stops above sees it not.
-    numbers = sum(u.size * (1 + jnp.iscomplexobj(u)) for u in jax.tree.leaves(h))
+    numbers = sum(
+        tree.entries(u) * (1 + jnp.iscomplexobj(u)) for u in jax.tree.leaves(h)
+    )
     tol = max(min(0.03, 1 / (3 * numbers**0.5)), 8 * tree.coarsest_eps(h))
     rule = Adaptive(tol=tol)
     _, jvp = jax.linearize(lambda h: step(args, h), h)
@@ -201,7 +203,7 @@ def _leaf_rms(x: PyTree) -> jax.Array:
 
     def leaf(u: jax.Array) -> jax.Array:
         norm = tree.to_unit(u)[1]
-        return norm / max(u.size, 1) ** 0.5
+        return norm / tree.entries(u) ** 0.5
 
     dtype = tree.real_dtype(x)
     return jnp.stack([leaf(u).astype(dtype) for u in jax.tree.leaves(x)])
@@ -210,7 +212,8 @@ def _leaf_rms(x: PyTree) -> jax.Array:
 def _random(h: PyTree, seed: int = 0) -> tuple[PyTree, PyTree]:
     """Numbers in (0, 1), and signs, like the state; the same ones for the same seed."""
     leaves, treedef = jax.tree.flatten(h)
-    keys = jax.random.split(jax.random.key(seed), (2, len(leaves)))
+    key = sharding.own_key(jax.random.key(seed))
+    keys = jax.random.split(key, (2, len(leaves)))
     draw = lambda make, row: sharding.typed_like(
         jax.tree.unflatten(
             treedef,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
+from rbpjax._core import sharding
 from rbpjax._core.step import check_like
 from rbpjax.types import ForwardSolver, PyTree, Solution, Status
 
@@ -16,7 +17,11 @@ def apply_solver(
 ) -> Solution:
     """``solver(step, h0)``, checked to be a solution like the start."""
     check_solver(solver)
-    return check_solution(solver(step, h0), h0, f"the forward solver {solver!r}")
+    axes = sharding.coupling(step, h0)
+    sharding.check_coupled(solver, axes, "forward=rbpjax.Hybrid()")
+    with sharding.coupled(axes):
+        solution = solver(step, h0)
+    return check_solution(solution, h0, f"the forward solver {solver!r}")
 
 
 def check_solver(solver: ForwardSolver) -> None:

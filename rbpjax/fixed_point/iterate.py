@@ -65,13 +65,15 @@ class Look(NamedTuple):
         """The squares of the sizes."""
 
         def leaf(u: jax.Array, v: jax.Array) -> jax.Array:
-            mean = lambda x: tree.vdot(x, x) / max(x.size, 1)
+            mean = lambda x: tree.own_vdot(x, x) / tree.entries(x)
             u, v = tree.widen(u), tree.widen(v)
-            return jnp.stack([mean(u - v), jnp.maximum(mean(u), mean(v))])
+            return jnp.stack([mean(u - v), mean(u), mean(v)])
 
         pairs = zip(jax.tree.leaves(image), jax.tree.leaves(h), strict=True)
         dtype = tree.real_dtype(h)
-        return cls(*jnp.stack([leaf(u, v).astype(dtype) for u, v in pairs], axis=1))
+        squares = jnp.stack([leaf(u, v).astype(dtype) for u, v in pairs], axis=1)
+        change, *sizes = sharding.total(squares)  # all of them by one collective
+        return cls(change, jnp.maximum(*sizes))
 
     def residual(self, units: jax.Array, eps: jax.Array) -> jax.Array:
         """The largest of the leaves' relative residuals."""

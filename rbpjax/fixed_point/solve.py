@@ -19,14 +19,15 @@ and f is linearized once, at h*, outside the backward loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import jax
 from jax import lax
 
-from rbpjax._core import reuse, tree
+from rbpjax._core import reuse, sharding, tree
 from rbpjax._core.convolution import channels_last
 from rbpjax._core.step import (
     ClosedStep,
@@ -103,7 +104,8 @@ def _solve_fwd(step, solver, rule, verify, args, start, probe, numbers):
 def _solve_bwd(step, solver, rule, verify, saved, cotangents):
     args, found, probe, numbers = saved
     h, g = found.value, cotangents.value
-    image, vjp = jax.vjp(step, args, h)  # the one linearization
+    with _axes_in_scope():
+        image, vjp = jax.vjp(step, args, h)  # the one linearization
 
     def adjoint_step(adjoint_args: PyTree, z: PyTree) -> PyTree:
         args, h, g = adjoint_args
@@ -123,13 +125,28 @@ def _solve_bwd(step, solver, rule, verify, saved, cotangents):
     z = _solve(*adjoint, (args, h, g), start, None, numbers)
     report = None
     if probe is not None:
-        bound = error_bound(step, args, h, image, vjp, g, z.value, found, verify)
-        report = reported(found, z, g, bound, probe)
+        with sharding.coupled(sharding.coupling(vjp, h)):
+            bound = error_bound(step, args, h, image, vjp, g, z.value, found, verify)
+            report = reported(found, z, g, bound, probe)
     # None is a zero cotangent: a fixed point does not depend on where one starts.
     return vjp(z.value)[0], None, report, None
 
 
 _solve.defvjp(_solve_fwd, _solve_bwd)
+
+
+@contextlib.contextmanager
+def _axes_in_scope() -> Iterator[None]:
+    """Says what to write where JAX has forgotten the axis name of a ``vmap``."""
+    try:
+        yield
+    except NameError as error:
+        raise ValueError(
+            f"rbp_solve: f has a collective over the axis of a `jax.vmap` ({error}), "
+            "whose name is gone where JAX differentiates outside of it. Take the "
+            "gradient inside, `jax.vmap(jax.grad(loss), axis_name=...)`, or write f "
+            "for the whole batch, `h.mean(0)` in place of `lax.pmean`."
+        ) from None
 
 
 def _no_forward_mode(error: TypeError) -> bool:

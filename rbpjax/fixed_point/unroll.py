@@ -8,7 +8,7 @@ from functools import partial
 import jax
 from jax import lax
 
-from rbpjax._core import reuse, tree
+from rbpjax._core import reuse, sharding, tree
 from rbpjax._core.convolution import channels_last
 from rbpjax._core.step import ClosedStep, close, select_state, with_aux
 from rbpjax.fixed_point.iterate import judged
@@ -130,7 +130,9 @@ def _unrolled(step: ClosedStep, args: PyTree, h: PyTree, num_steps: int) -> Solu
     """The solution, with a residual that the compiler removes when nobody reads it."""
     fixed, value = lax.stop_gradient((args, h))
     tol = tree.default_tol(h)
-    found = judged(partial(step, fixed), value, num_steps, tol)
+    once = partial(step, fixed)
+    with sharding.summed(once, value):
+        found = judged(once, value, num_steps, tol)
     return found._replace(value=h)
 
 

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from rbpjax._core.keys import check_key
-from rbpjax._core.sharding import vary_like
+from rbpjax._core.sharding import coupling, vary_like
 from rbpjax._core.step import as_state, check_like, floats, merge
 from rbpjax.types import PyTree, StepFn
 
@@ -282,6 +282,14 @@ def observe(
     when many estimates run beside one state (see ``combine.average``).
     """
     check_functions(f, loss, params, x, h, y)
+    axes = coupling(f, params, x, h)
+    if axes:
+        raise ValueError(
+            f"f has collectives over the axes {sorted(axes, key=str)}, and the "
+            "estimator of each device carries the influence on its own part of the "
+            "state alone. Leave out `shard_map` or the axis name: write f for the "
+            "whole state, and put arrays that are sharded into `jax.jit`."
+        )
     h_next = f(params, x, h)
 
     def float_f(p: PyTree, s: PyTree) -> PyTree:

@@ -95,9 +95,10 @@ def _as_vector(x: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
         return pair.astype(leaf.dtype)
 
     vector, unravel = ravel_pytree(list(map(as_real, leaves)))
+    vector = sharding.whole(vector)
 
     def restore(v: jax.Array) -> PyTree:
-        parts = map(like, unravel(v), leaves)
+        parts = map(like, unravel(sharding.own_part(v)), leaves)
         return sharding.typed_like(jax.tree.unflatten(treedef, parts), x)
 
     return vector, restore

@@ -130,7 +130,8 @@ FAR = 1e-3
 def _uniform(seed: int, g: PyTree, size: jax.Array) -> PyTree:
     """U[0, 1) in the units of the unscaled cotangent; zero if that is zero."""
     leaves, treedef = jax.tree.flatten(g)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    key = sharding.own_key(jax.random.key(seed))
+    keys = jax.random.split(key, len(leaves))
     safe = jnp.where(size == 0, jnp.inf, size)
     draws = [
         (jax.random.uniform(k, x.shape, x.real.dtype) / safe.astype(x.real.dtype))

@@ -358,7 +358,10 @@ def apply_rule(
             "start=z). Add the keyword, or give no adjoint to start from."
         )
     options = {} if start is None else {"start": start}
-    solution = rule(channels_last(vjp, cotangent), cotangent, **options)
+    axes = sharding.coupling(vjp, cotangent)
+    sharding.check_coupled(rule, axes, "backward=rbpjax.Adaptive()")
+    with sharding.coupled(axes):
+        solution = rule(channels_last(vjp, cotangent), cotangent, **options)
     return check_solution(solution, cotangent, f"the backward rule {rule!r}")
 
 

@@ -160,7 +160,7 @@ def newton_krylov(
     """
     eps = tree.coarsest_eps(h0)
     numbers = sum(
-        u.size * (2 if jnp.iscomplexobj(u) else 1) for u in jax.tree.leaves(h0)
+        tree.entries(u) * (1 + jnp.iscomplexobj(u)) for u in jax.tree.leaves(h0)
     )
     dimension = DIMENSION if numbers <= 2**12 else DIMENSION // 3
     dimension = numbers if numbers <= 2 * DIMENSION else dimension

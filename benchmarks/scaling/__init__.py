@@ -1,0 +1,1 @@
+"""Training on many devices: what it costs, and whether it survives."""

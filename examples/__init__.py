@@ -1,0 +1,1 @@
+"""Whole programs on public names, one folder each."""

@@ -1,0 +1,1 @@
+"""A deep equilibrium network, trained on one process or on many."""
