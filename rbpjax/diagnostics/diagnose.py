@@ -15,7 +15,7 @@ from rbpjax._core import sharding, tree
 from rbpjax._core.convolution import channels_last
 from rbpjax._core.step import ClosedStep, close
 from rbpjax.diagnostics.errors import loop_cut
-from rbpjax.diagnostics.spectrum import growth, growth_rate, singular_range
+from rbpjax.diagnostics.spectrum import growth, growth_rate, radius, singular_range
 from rbpjax.fixed_point.backward.adaptive import Adaptive
 from rbpjax.fixed_point.backward.bicgstab import BiCGSTAB
 from rbpjax.fixed_point.backward.cg_normal import CGNormal
@@ -53,7 +53,7 @@ class Diagnosis(NamedTuple):
 
     Attributes:
       residual: ‖f(h) - h‖ / max(‖h‖, ‖f(h)‖). The rest means little where it is large.
-      spectral_radius: ρ(J), from the growth of ‖(Jᵀ)ᵏg‖.
+      spectral_radius: ρ(J), from the growth of ‖(Jᵀ)ᵏg‖ and Ritz values.
       damped_radius: ρ((I + J) / 2), which half damping has to contract.
       jacobian_norm: ‖J‖₂, estimated from below.
       condition: σ_max / σ_min of I - J, estimated from below.
@@ -216,6 +216,10 @@ def diagnose(
         return measure(args, h, key)
 
 
+BASIS = 30
+"""Ritz values that the spectral radius is looked for among."""
+
+
 def _measure(
     closed: ClosedStep,
     limit: float,
@@ -245,7 +249,7 @@ def _measure(
     products = jnp.stack([t.num_products for t in trials])
     rows = Diagnosis(
         residual=relative_change(step(h), h),
-        spectral_radius=growth_rate(factors),
+        spectral_radius=radius(vjp, g, factors, BASIS),
         damped_radius=growth_rate(growth(halfway, g, num_steps)[1]),
         jacobian_norm=norm,
         condition=largest / smallest,

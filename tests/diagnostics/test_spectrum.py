@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import rbpjax
+from rbpjax.diagnostics.spectrum import matrix_radius
 from tests.support.problems import (
     EXPANSIVE,
     PROBLEMS,
@@ -62,6 +63,38 @@ def test_spectral_radius_is_that_of_the_eigenvalues(w, want):
     for key in jax.random.split(KEY, 3):
         # A Jordan block grows like kρᵏ, whose slope is off by 1/k for k near 300.
         assert jnp.abs(estimate(key) / want - 1) < 2 / num_steps
+
+
+def test_ritz_values_see_what_growth_has_not_reached():
+    """A dense spectrum up to 0.98: growth is too small, Ritz values nearly right."""
+    q = jnp.linalg.qr(jax.random.normal(KEY, (200, 200)))[0]
+    w = q @ jnp.diag(jnp.linspace(0.0, 0.98, 200)) @ q.T
+    radius = lambda basis: rbpjax.diagnostics.spectral_radius(
+        KEY, linear, w, jnp.ones(200), jnp.zeros(200), num_steps=60, basis=basis
+    )
+    alone, both = radius(0), radius(60)
+    assert alone < 0.98 * (1 - 4e-3) and both < 0.98 * (1 + 1e-9)
+    assert jnp.abs(both / 0.98 - 1) < 2e-4
+
+
+def test_ritz_values_of_a_shift_are_not_believed():
+    """J far from normal: ρ = 0.3, ‖J‖ near 1.3, Ritz values in between."""
+    w = 0.3 * jnp.eye(40) + jnp.eye(40, k=1)
+    radius = lambda basis: rbpjax.diagnostics.spectral_radius(
+        KEY, linear, w, jnp.ones(40), jnp.zeros(40), num_steps=2000, basis=basis
+    )
+    assert radius(20) < 0.3 * 1.05
+    assert radius(20) >= radius(0)
+
+
+@pytest.mark.parametrize("size", [1e-100, 1.0, 1e100])
+def test_the_radius_of_a_small_matrix(size):
+    """Complex, defective, nilpotent and zero; any magnitude."""
+    cases = [w for w, _ in SPECTRA.values()]
+    for w in [*cases, jnp.zeros((3, 3)), jnp.eye(3, k=1)]:
+        want = jnp.abs(jnp.linalg.eigvals(w)).max()
+        # A defective eigenvalue is known to √ε times the condition of SIMILAR.
+        chex.assert_trees_all_close(matrix_radius(size * w) / size, want, rtol=2e-6)
 
 
 @pytest.mark.parametrize("problem", rows(PROBLEMS, ("pytree",)))
