@@ -20,6 +20,7 @@ from benchmarks.hyperopt.experiment import Hyperopt
 from benchmarks.online.experiment import Online
 from benchmarks.perturb.experiment import Perturb
 from benchmarks.readme import Readme
+from benchmarks.rooms.before_after import RoomsBeforeAfter
 from benchmarks.rooms.fuzz import FuzzRooms
 from benchmarks.scaling.kills import Kills
 from benchmarks.unitary.experiment import Unitary
@@ -41,6 +42,7 @@ EXPERIMENTS: tuple[type[Experiment], ...] = (
     Unitary,
     Warm,
     BeforeAfter,
+    RoomsBeforeAfter,
     Readme,
 )
 COMMANDS = {experiment.name: experiment for experiment in EXPERIMENTS}

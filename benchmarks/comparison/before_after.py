@@ -49,8 +49,9 @@ PROJECT = Path(__file__).parent.parent.parent
 # The library of one folder, and everything else from another.
 BOOT = (
     "import sys; sys.path.insert(0, sys.argv[1]); import rbpjax; "
-    "sys.path[0] = sys.argv[2]; from benchmarks.comparison.worker import serve; serve()"
+    "sys.path[0] = sys.argv[2]; from {worker} import serve; serve()"
 )
+WORKER = "benchmarks.comparison.worker"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +71,9 @@ class BeforeAfter:
 
     def run(self) -> dict[str, Any]:
         """Writes ``results/before-after.json`` and prints its table."""
-        other = Path(self.checkout).expanduser().absolute()
-        package = other / "rbpjax" / "__init__.py"
-        require(package.is_file(), f"--checkout: no rbpjax/ in {other}")
+        other = checked_out(self.checkout)
         names = resolve(self.problems)
-        codes = {"before": code(package.parent), "after": code(PROJECT / "rbpjax")}
+        codes = {"before": code(other / "rbpjax"), "after": code(PROJECT / "rbpjax")}
         options = {"problems": names, "turns": self.turns}
         kept = {"turns": self.turns, "sources": [c["sources"] for c in codes.values()]}
         checkpoints = Checkpoints("before-after", kept, self.fresh)
@@ -98,7 +97,7 @@ class BeforeAfter:
         self, name: str, other: Path, settings: dict[str, Any]
     ) -> list[dict[str, Any]]:
         """All methods on one problem."""
-        with _side(PROJECT) as after, _side(other) as before:
+        with side_of(PROJECT, WORKER) as after, side_of(other, WORKER) as before:
             sides = {"before": before, "after": after}
             for side in sides.values():
                 side("problem", name)
@@ -137,18 +136,30 @@ class BeforeAfter:
         ]
 
 
+def checked_out(checkout: str) -> Path:
+    """The folder that has the other library in it."""
+    other = Path(checkout).expanduser().absolute()
+    package = other / "rbpjax" / "__init__.py"
+    require(package.is_file(), f"--checkout: no rbpjax/ in {other}")
+    return other
+
+
 @contextlib.contextmanager
-def _side(library: Path) -> Iterator[Any]:
-    """Asks a worker with the library of that folder; ``ask(action, *arguments)``."""
-    command = [sys.executable, "-P", "-c", BOOT, str(library), str(PROJECT)]
+def side_of(library: Path, worker: str) -> Iterator[Any]:
+    """Asks a worker with the library of that folder; ``ask(action, *arguments)``.
+
+    ``worker``: the module whose ``serve`` answers.
+    """
+    boot = BOOT.format(worker=worker)
+    command = [sys.executable, "-P", "-c", boot, str(library), str(PROJECT)]
     pipe = subprocess.PIPE
-    worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
 
     def ask(*message: Any) -> dict[str, Any]:
         try:
-            worker.stdin.write(json.dumps(message) + "\n")
-            worker.stdin.flush()
-            return json.loads(worker.stdout.readline())
+            process.stdin.write(json.dumps(message) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
         except (BrokenPipeError, json.JSONDecodeError):
             raise UsageError(
                 f"the process with {library.name}/rbpjax died at {message[:2]}"
@@ -161,10 +172,10 @@ def _side(library: Path) -> Iterator[Any]:
         )
         yield ask
     finally:
-        worker.stdin.close()
-        worker.terminate()
-        worker.wait()
-        worker.stdout.close()
+        process.stdin.close()
+        process.terminate()
+        process.wait()
+        process.stdout.close()
 
 
 def _settings() -> dict[str, dict[str, tuple[float, float]]]:
