@@ -72,8 +72,8 @@ class FixedPoint(nnx.Module):
                 f"got {type(cell).__name__}."
             )
         self.cell = cell
-        self.forward = forward
-        self.backward = backward
+        self.forward = _held(forward)
+        self.backward = _held(backward)
 
     def __call__(
         self, inputs: PyTree, h0: PyTree, probe: AdjointReport | None = None
@@ -92,6 +92,12 @@ class FixedPoint(nnx.Module):
         graph, state = nnx.split(self.cell)
         solve = rbp_solve(_step(graph), forward=self.forward, backward=self.backward)
         return solve(state, inputs, h0, probe)
+
+
+def _held(strategy: PyTree) -> PyTree:
+    """The strategy as an attribute: data if tolerances or budgets are arrays."""
+    arrays = [x for x in jax.tree.leaves(strategy) if isinstance(x, jax.Array)]
+    return nnx.data(strategy) if arrays else strategy
 
 
 def _step(graph: nnx.GraphDef) -> Callable[[PyTree, PyTree, PyTree], PyTree]:

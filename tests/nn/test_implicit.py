@@ -108,3 +108,18 @@ def test_a_cell_that_changes_its_state_is_refused():
         layer(X, H0)
     with pytest.raises(ValueError, match="`cell` must be a module called as"):
         FixedPoint("tanh")
+
+
+def test_a_tolerance_that_is_an_array_is_data_of_the_layer():
+    """It can be changed between calls of one compiled program, and takes no gradient."""
+
+    @nnx.jit
+    def steps(layer):
+        return layer(X, H0).num_steps
+
+    layer = layer_of(forward=rbpjax.FixedPointIteration(tol=jnp.array(1e-2)))
+    few = steps(layer)
+    layer.forward = nnx.data(rbpjax.FixedPointIteration(tol=jnp.array(1e-9)))
+    assert steps(layer) > few
+    grads = nnx.grad(lambda layer: jnp.sum(layer(X, H0).value))(layer)
+    assert set(nnx.to_pure_dict(grads)) == {"cell"}
