@@ -111,7 +111,7 @@ def test_a_cell_that_changes_its_state_is_refused():
 
 
 def test_a_tolerance_that_is_an_array_is_data_of_the_layer():
-    """It can be changed between calls of one compiled program, and takes no gradient."""
+    """It may change between calls of one program, and takes no gradient."""
 
     @nnx.jit
     def steps(layer):
