@@ -21,6 +21,7 @@ from benchmarks.online.experiment import Online
 from benchmarks.perturb.experiment import Perturb
 from benchmarks.readme import Readme
 from benchmarks.rooms.fuzz import FuzzRooms
+from benchmarks.scaling.experiment import Scaling
 from benchmarks.scaling.kills import Kills
 from benchmarks.unitary.experiment import Unitary
 
@@ -38,6 +39,7 @@ EXPERIMENTS: tuple[type[Experiment], ...] = (
     Online,
     Perturb,
     Rules,
+    Scaling,
     Unitary,
     Warm,
     BeforeAfter,

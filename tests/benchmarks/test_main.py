@@ -12,7 +12,7 @@ def test_alone_it_lists_the_experiments(capsys):
     out = capsys.readouterr().out
     assert "--help" in out
     lines = [line.split()[0] for line in out.splitlines()[2:]]
-    assert lines == list(COMMANDS) and len(lines) == 15
+    assert lines == list(COMMANDS) and len(lines) == 17
 
 
 def test_an_unknown_name_is_one_line(capsys):
