@@ -121,7 +121,7 @@ def _solve_bwd(step, solver, rule, verify, saved, cotangents):
     z = _solve(adjoint_step, adjoint_solver, rule, False, (args, h, g), start, None)
     report = None
     if probe is not None:
-        with sharding.coupled(sharding.coupling(vjp, h)):
+        with sharding.summed(lambda z: vjp(z)[1], h):
             bound = error_bound(step, args, h, image, vjp, g, z.value, found, verify)
             report = reported(found, z, g, bound, probe)
     # None is a zero cotangent: a fixed point does not depend on where one starts.
