@@ -165,6 +165,13 @@ def largest(x: jax.Array) -> jax.Array:
     return _reduced(lax.pmax, lax.stop_gradient(x))
 
 
+def everywhere(condition: jax.Array) -> jax.Array:
+    """Whether it holds in all parts of a coupled state."""
+    if not _coupled.get():
+        return condition
+    return total((~condition).astype("int32")) == 0
+
+
 def _reduced(reduce: Callable, x: jax.Array) -> jax.Array:
     axes = _coupled.get()
     if not axes:
