@@ -22,6 +22,7 @@ from benchmarks.perturb.experiment import Perturb
 from benchmarks.readme import Readme
 from benchmarks.rooms.before_after import RoomsBeforeAfter
 from benchmarks.rooms.fuzz import FuzzRooms
+from benchmarks.scaling.experiment import Scaling
 from benchmarks.scaling.kills import Kills
 from benchmarks.unitary.experiment import Unitary
 
@@ -39,6 +40,7 @@ EXPERIMENTS: tuple[type[Experiment], ...] = (
     Online,
     Perturb,
     Rules,
+    Scaling,
     Unitary,
     Warm,
     BeforeAfter,

@@ -32,11 +32,11 @@ def connect(options: argparse.Namespace) -> None:
     _number[0] = os.environ.get("SLURM_PROCID", str(options.process))
     patience = round(options.patience)
     limits = {
-        "initialization_timeout": patience,
+        "initialization_timeout": 2 * patience,
         "heartbeat_timeout_seconds": 2 * patience,
         "shutdown_timeout_seconds": patience,
     }
-    with deadline(1.5 * options.patience, "connecting"):
+    with deadline(options.patience, "connecting"):
         if options.processes > 1:
             jax.distributed.initialize(
                 options.coordinator, options.processes, options.process, **limits

@@ -17,6 +17,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
+from itertools import compress
 from typing import Any
 
 import jax
@@ -124,18 +125,33 @@ def check_coupled(strategy: object, axes: frozenset, remedy: str) -> None:
         )
 
 
-def _collectives(jaxpr: core.Jaxpr) -> Iterator[Any]:
-    """The axes of all collectives, also of nested functions."""
-    for eqn in jaxpr.eqns:
+def _collectives(jaxpr: core.Jaxpr, used: list[bool] | None = None) -> Iterator[Any]:
+    """The axes of all collectives that its results need, also of nested functions.
+
+    ``used``: which of its results. Of a product with Jᵀ those of h alone are: sums of
+    the parameters' cotangents over devices do not make a state one.
+    """
+    results = jaxpr.outvars if used is None else compress(jaxpr.outvars, used)
+    needed = set(filter(_is_variable, results))
+    for eqn in reversed(jaxpr.eqns):
+        wanted = [variable in needed for variable in eqn.outvars]
+        if not any(wanted):
+            continue
+        needed.update(filter(_is_variable, eqn.invars))
         values = jax.tree.leaves(
             list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
         )
         inner = [getattr(value, "jaxpr", value) for value in values]
         inner = [value for value in inner if hasattr(value, "eqns")]
+        called = eqn.primitive.name in ("jit", "pjit", "closed_call", "remat2")
         for value in inner:
-            yield from _collectives(value)
+            yield from _collectives(value, wanted if called else None)
         if not inner and eqn.primitive.name != "axis_index":
             yield from (e.name for e in eqn.effects if hasattr(e, "name"))
+
+
+def _is_variable(x: Any) -> bool:
+    return not isinstance(x, core.Literal)
 
 
 def total(x: jax.Array) -> jax.Array:
@@ -147,6 +163,13 @@ def largest(x: jax.Array) -> jax.Array:
     """The largest ``x`` over the coupled axes; of the type of ``x``."""
     # It only scales, and has no derivative in JAX.
     return _reduced(lax.pmax, lax.stop_gradient(x))
+
+
+def everywhere(condition: jax.Array) -> jax.Array:
+    """Whether it holds in all parts of a coupled state."""
+    if not _coupled.get():
+        return condition
+    return total((~condition).astype("int32")) == 0
 
 
 def _reduced(reduce: Callable, x: jax.Array) -> jax.Array:

@@ -235,7 +235,7 @@ def all_finite(x: PyTree) -> jax.Array:
     """Whether every entry is finite."""
     leaves = [jnp.all(jnp.isfinite(u)) for u in jax.tree.leaves(x)]
     own = jax.tree.reduce(jnp.logical_and, leaves, jnp.array(True))
-    return sharding.total((~own).astype(jnp.int32)) == 0
+    return sharding.everywhere(own)
 
 
 def empty_rows(num: int, like: PyTree) -> PyTree:

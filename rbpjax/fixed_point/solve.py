@@ -125,7 +125,7 @@ def _solve_bwd(step, solver, rule, verify, saved, cotangents):
     z = _solve(*adjoint, (args, h, g), start, None, numbers)
     report = None
     if probe is not None:
-        with sharding.coupled(sharding.coupling(vjp, h)):
+        with sharding.summed(lambda z: vjp(z)[1], h):
             bound = error_bound(step, args, h, image, vjp, g, z.value, found, verify)
             report = reported(found, z, g, bound, probe)
     # None is a zero cotangent: a fixed point does not depend on where one starts.
@@ -257,6 +257,13 @@ def rbp_solve(
     ``vmap``, ``scan``, ``remat``, ``shard_map``. f may close over arrays, traced ones
     and modules too, and they receive gradients; integers, PRNG keys and what is no
     array (functions, strings) may be anywhere in params and inputs.
+
+    Inside ``shard_map``, the devices of an axis over which f has collectives hold the
+    parts of one state: sums over the state, and with them all decisions, go over that
+    axis too, which is found in f. Give each device a probe of its own; their reports
+    are alike. So it is for the rows of a ``vmap`` with an axis name, the gradient taken
+    inside of it. A solver or rule of your own is refused there, unless its attribute
+    ``axis_names`` says that it sums so.
 
     Outside ``jit`` f is read at each call as it then is, and calls of what computes the
     same by the same strategies share one compilation: about a millisecond a call.

@@ -14,7 +14,7 @@ from rbpjax.perturb.difference import Difference, OneSided
 from rbpjax.perturb.node import Derivative, credited, credits
 from rbpjax.perturb.noise import Noise, rademacher
 from rbpjax.perturb.norm import Norm, check_blocks, per_layer_step
-from rbpjax.perturb.samples import check_chunk
+from rbpjax.perturb.samples import axis, check_chunk
 from rbpjax.types import PyTree
 
 
@@ -52,6 +52,9 @@ class ActivityPerturbation:
     Attributes:
       num_samples: K, directions to average over.
       chunk: how many of them run at once; divides ``num_samples``; None: all.
+      axis_name: an axis of the ``shard_map`` around, over which samples are divided:
+        each device takes its share, of which ``chunk`` is a part, and the mean is that
+        of one device with all of them. None: all samples here.
       difference: one of ``perturb.difference``, or a callable like them.
       noise: how directions are drawn: one of ``perturb.noise``, or a callable.
       credit: which losses count for nodes that feed the state: one of
@@ -79,6 +82,7 @@ class ActivityPerturbation:
 
     num_samples: int = count(default=1)
     chunk: int | None = count(default=None)
+    axis_name: str | None = axis()
     difference: Difference = function(
         default=OneSided(), meaning="a callable such as perturb.difference.Exact()"
     )

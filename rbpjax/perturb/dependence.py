@@ -28,7 +28,7 @@ _ELEMENTWISE = frozenset(
         "erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow is_finite le lgamma "
         "log log1p logistic lt max min mul name ne neg nextafter not or pow real "
         "reduce_precision rem round rsqrt select_n sign sin sinh sqrt square "
-        "stop_gradient sub tan tanh xor"
+        "pcast pvary stop_gradient sub tan tanh xor"
     ).split()
 )
 _CALLS = {
@@ -218,7 +218,7 @@ def _ways(jaxpr: core.Jaxpr, marks: list[frozenset], cut: set[int]) -> list[froz
             inside = {id(v) for outer, v in pairs if id(outer) in cut}
             out = _ways(inner, ins, inside)
         else:
-            same = name in ("convert_element_type", "reshape", "copy")
+            same = name in ("convert_element_type", "reshape", "copy", "pcast", "pvary")
             added = _NOISE in ins and not same
             lost = added or name == "stop_gradient"
             found = frozenset() if lost else frozenset().union(*ins)

@@ -17,9 +17,11 @@ from rbpjax.perturb.difference import sized, slopes
 from rbpjax.perturb.node import NodePerturbation, credited_with
 from rbpjax.perturb.samples import (
     draw,
+    joined,
     mean_over_samples,
     scaled,
     size_of,
+    spread,
     unflatten,
     weighted_sum,
     widest,
@@ -125,6 +127,12 @@ def recurrent_value_and_grad(
         params = check_params(params)
         inputs, h0, targets = jax.tree.map(jnp.asarray, (inputs, h0, targets))
         check_length(inputs, targets)
+        data = spread(rule, (params, inputs, h0, targets))
+        return joined(rule, estimate_here(key, *data))
+
+    def estimate_here(
+        key: jax.Array, params: PyTree, inputs: PyTree, h0: PyTree, targets: PyTree
+    ) -> tuple[jax.Array, PyTree]:
         zeros = no_noise(cell, params, inputs, h0)
         run = Run(cell, loss, inputs, h0, targets, zeros)
         count = _count_losses(run, params)
@@ -182,7 +190,7 @@ def _node_estimate(
         errors = rule.errors(derivative, directions, nodes, examples is not None)
         return jax.tree.map(lambda e: jnp.sum(e, axis=1), errors)
 
-    errors = mean_over_samples(chunk, rule.num_samples, rule.chunk)
+    errors = mean_over_samples(chunk, rule)
     errors = jax.tree.map(lambda e: e / (examples or 1), errors)
     shift = lambda a, s: jnp.concatenate([a[None], s[:-1]])
     before = jax.tree.map(shift, run.h0, states)
@@ -239,7 +247,7 @@ def _fresh_weights(
         start = optax.tree.zeros_like(params)
         return jax.lax.scan(body, start, (steps, jax.vmap(credits)(indices).T))[0]
 
-    return jnp.sum(clean), mean_over_samples(chunk, rule.num_samples, rule.chunk)
+    return jnp.sum(clean), mean_over_samples(chunk, rule)
 
 
 def _first(tree: PyTree) -> PyTree:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from rbpjax._core.sharding import vary, vary_like, varying_axes
+from rbpjax._core.strategy import option
 from rbpjax.types import PyTree
 
 
@@ -21,6 +23,18 @@ class _Sampled(Protocol):
     @property
     def chunk(self) -> int | None: ...
 
+    @property
+    def axis_name(self) -> str | None: ...
+
+
+def axis() -> Any:
+    """The field of a rule that names the axis over which samples are divided."""
+    return option(
+        default=None,
+        check=lambda value: value is None or isinstance(value, str),
+        meaning="None, or the name of an axis of the shard_map around it, a str",
+    )
+
 
 def check_chunk(rule: _Sampled) -> None:
     """Raises ValueError unless the chunks divide the samples."""
@@ -31,22 +45,64 @@ def check_chunk(rule: _Sampled) -> None:
         )
 
 
-def mean_over_samples(
-    estimate: Callable[[jax.Array], PyTree], num_samples: int, chunk: int | None
-) -> PyTree:
-    """The sum over chunks of ``estimate(indices)``, divided by ``num_samples``.
+def spread(rule: _Sampled, tree: PyTree) -> PyTree:
+    """``tree`` as what differs between devices, where samples are divided over them."""
+    if rule.axis_name is None:
+        return tree
+    try:
+        index = jax.lax.axis_index(rule.axis_name)
+    except NameError:
+        raise ValueError(
+            f"`axis_name` = {rule.axis_name!r} is no axis here: call it inside "
+            "`jax.shard_map` over a mesh that has it, or leave it out."
+        ) from None
+    return vary(tree, varying_axes([jax.typeof(index)]))
 
-    Memory is that of one chunk, whatever the number of samples.
+
+def joined(rule: _Sampled, tree: PyTree) -> PyTree:
+    """What all devices have found alike, as the same array on all of them."""
+    if rule.axis_name is None:
+        return tree
+    varies = lambda x: rule.axis_name in varying_axes([jax.typeof(x)])
+    mean = lambda x: jax.lax.pmean(x, rule.axis_name) if varies(x) else x
+    return jax.tree.map(mean, tree)
+
+
+def mean_over_samples(
+    estimate: Callable[[jax.Array], PyTree], rule: _Sampled
+) -> PyTree:
+    """The sum over chunks of ``estimate(indices)``, divided by the number of samples.
+
+    Memory is that of one chunk, whatever the number of samples. With ``axis_name`` each
+    device takes its share of the samples, which are the same ones as on one device.
     """
+    num_samples, chunk, name = rule.num_samples, rule.chunk, rule.axis_name
     indices = jnp.arange(num_samples, dtype=jnp.uint32)
-    if chunk is None or chunk == num_samples:
+    if name is not None:
+        indices = _share(indices, chunk, name)
+    if chunk is None or chunk == len(indices):
         sums = estimate(indices)
     else:
         rows = indices.reshape(-1, chunk)
         zeros = optax.tree.zeros_like(jax.eval_shape(estimate, rows[0]))
+        zeros = vary_like(zeros, rows)
         add = lambda sums, row: (optax.tree.add(sums, estimate(row)), None)
         sums, _ = jax.lax.scan(add, zeros, rows)
+    if name is not None:
+        sums = jax.lax.psum(sums, name)
     return jax.tree.map(lambda s: s / num_samples, sums)
+
+
+def _share(indices: jax.Array, chunk: int | None, name: str) -> jax.Array:
+    """The indices of this device; ValueError if they cannot be divided."""
+    devices = int(jax.lax.psum(1, name))
+    share = len(indices) // devices
+    if len(indices) % devices or share % (chunk or 1):
+        raise ValueError(
+            f"`num_samples` = {len(indices)} must be a multiple of the {devices} "
+            f"devices of {name!r} times `chunk` = {chunk or 1}. Take another number."
+        )
+    return indices.reshape(devices, share)[jax.lax.axis_index(name)]
 
 
 def draw(

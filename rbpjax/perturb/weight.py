@@ -14,11 +14,14 @@ from rbpjax.perturb.credit import Credit, causal
 from rbpjax.perturb.difference import Difference, OneSided, sized, slopes
 from rbpjax.perturb.noise import Noise, rademacher
 from rbpjax.perturb.samples import (
+    axis,
     check_chunk,
     draw,
+    joined,
     mean_over_samples,
     scaled,
     size_of,
+    spread,
     unflatten,
     weighted_sum,
     widest,
@@ -47,6 +50,9 @@ class WeightPerturbation:
     Attributes:
       num_samples: K, directions to average over.
       chunk: how many of them run at once; divides ``num_samples``; None: all.
+      axis_name: an axis of the ``shard_map`` around, over which samples are divided:
+        each device takes its share, of which ``chunk`` is a part, and the mean is that
+        of one device with all of them. None: all samples here.
       difference: one of ``perturb.difference``, or a callable like them.
       noise: how directions are drawn: one of ``perturb.noise``, or a callable.
       every_step: draw anew at every step instead of once a sequence.
@@ -77,6 +83,7 @@ class WeightPerturbation:
 
     num_samples: int = count(default=1)
     chunk: int | None = count(default=None)
+    axis_name: str | None = axis()
     difference: Difference = function(
         default=OneSided(), meaning="a callable such as perturb.difference.Exact()"
     )
@@ -156,7 +163,7 @@ def value_and_grad(
         key: jax.Array, params: PyTree, *args: PyTree, **kwargs: PyTree
     ) -> tuple[PyTree, PyTree]:
         check_key(key)
-        params = check_params(params)
+        params, args, kwargs = spread(rule, (check_params(params), args, kwargs))
         full = lambda p: loss(p, *args, **kwargs)
         scalar = (lambda p: full(p)[0]) if has_aux else full
         shape = jax.eval_shape(scalar, params)
@@ -169,7 +176,8 @@ def value_and_grad(
             )
         result = full(params)
         clean = result[0] if has_aux else result
-        return result, weight_gradient(rule, key, params, scalar, clean)
+        found = result, weight_gradient(rule, key, params, scalar, clean)
+        return joined(rule, found)
 
     return estimate
 
@@ -195,7 +203,7 @@ def weight_gradient(
         weights = rule.scale * jax.vmap(slope)(directions)
         return weighted_sum(weights, directions, params)
 
-    return mean_over_samples(chunk, rule.num_samples, rule.chunk)
+    return mean_over_samples(chunk, rule)
 
 
 def check_params(params: PyTree) -> PyTree:

@@ -216,3 +216,29 @@ def test_streaming_estimators_refuse_collectives(name, check_vma):
 
     with pytest.raises(ValueError, match=r"into `jax\.jit`"):
         parts("batch", check_vma, run, out_specs=P("a"))(*sharded.data()[:2])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_devices_without_collectives_in_f_stay_apart(check_vma):
+    """Parameters that they share couple nothing: each has its own report."""
+    layout = LAYOUTS["batch"]
+    step = lambda w, x, h: jnp.tanh(h @ w.T + x)  # no mean over the batch
+    solver, rule = SOLVERS["iteration"], rule_of("neumann")
+    *got, reports = sharded.gradient_in_parts(layout, solver, rule, check_vma, step)
+    w, x, weights = sharded.data()
+    solve = rbpjax.rbp_solve(step, forward=solver, backward=rule)
+
+    def loss(w, x, weights, probe):
+        value = solve(w, x, 0 * x, probe).value
+        return jnp.sum(weights * jnp.sin(value))
+
+    grad = jax.jit(jax.grad(loss, (0, 1, 3)))
+    alone = [
+        grad(w, x[i : i + 2], weights[i : i + 2], ZEROS()) for i in range(0, 16, 2)
+    ]
+    assert_close(got[0], sum(found[0] for found in alone), 1e-12)
+    for name in ("cotangent_norm", "forward_steps", "num_steps"):
+        want = np.array([getattr(found[2], name) for found in alone])
+        np.testing.assert_allclose(getattr(reports, name), want, rtol=1e-12)
+        assert len(set(want.tolist())) > 1, name  # or they are alike anyhow

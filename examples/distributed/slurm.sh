@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=rbpjax
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=1
+#SBATCH --time=01:00:00
+#SBATCH --requeue
+# One process a node; the folder must be on a file system that all nodes share.
+srun --kill-on-bad-exit=1 \
+  python -m examples.distributed.train --folder "${RUN_FOLDER:-runs/mnist}"
+code=$?
+# A peer is gone, as we say it (75) or as JAX does (134): on from the last checkpoint.
+if [ "$code" -eq 75 ] || [ "$code" -eq 134 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$code"

@@ -1,0 +1,82 @@
+"""Samples over devices, and batches over devices: the estimate of one device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rbpjax import perturb
+from tests.support.problems import assert_close, rows
+
+vma = pytest.mark.parametrize("check_vma", rows([True, False], [True]))
+CELL = perturb.DenseCell()
+RULES = {
+    "weight": perturb.WeightPerturbation,
+    "node": perturb.NodePerturbation,
+    "activity": perturb.ActivityPerturbation,
+}
+
+
+def mesh():
+    return jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+
+
+def data():
+    params = CELL.init(jax.random.key(0), inputs=2, units=4, outputs=1)
+    params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
+    k1, k2 = jax.random.split(jax.random.key(1))
+    inputs, targets = jax.random.normal(k1, (5, 8, 2)), jax.random.normal(k2, (5, 8, 1))
+    return params, inputs, jnp.zeros((8, 4)), targets
+
+
+def estimate(rule):
+    loss = lambda out, target: jnp.mean((out - target) ** 2, axis=-1)
+    return perturb.recurrent_value_and_grad(CELL, loss, rule)
+
+
+@vma
+@pytest.mark.parametrize("chunk", rows([None, 2], [2]))
+@pytest.mark.parametrize("name", rows(RULES.keys(), ["node"]))
+def test_samples_over_devices(name, chunk, check_vma):
+    """The same samples, each on one of eight devices."""
+    key = jax.random.key(2)
+    make = lambda **kw: RULES[name](num_samples=32, chunk=chunk, **kw)
+    want = jax.jit(estimate(make()))(key, *data())[1]
+    mapped = jax.shard_map(
+        lambda *args: estimate(make(axis_name="d"))(key, *args)[1],
+        mesh=mesh(),
+        in_specs=P(),
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+    assert_close(jax.jit(mapped)(*data()), want, 1e-12)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", RULES)
+def test_a_batch_over_devices(name):
+    """Under jit, examples of a batch on eight devices."""
+    # A quotient of differences would magnify rounding by 1/σ.
+    exact = perturb.difference.Exact()
+    f = estimate(RULES[name](num_samples=16, chunk=4, difference=exact))
+    params, inputs, h0, targets = data()
+    want = jax.jit(f)(jax.random.key(2), params, inputs, h0, targets)
+    put = lambda a, *spec: jax.device_put(a, NamedSharding(mesh(), P(*spec)))
+    sharded = put(inputs, None, "d"), put(h0, "d"), put(targets, None, "d")
+    got = jax.jit(f)(jax.random.key(2), put(params), *sharded)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-12)
+    assert_close(jax.device_get(got[1]), want[1], 1e-12)
+
+
+def test_what_cannot_be_shared_out_is_refused():
+    f = estimate(perturb.NodePerturbation(num_samples=12, axis_name="d"))
+    call = lambda *args: f(jax.random.key(0), *args)[1]
+    mapped = jax.shard_map(call, mesh=mesh(), in_specs=P(), out_specs=P())
+    with pytest.raises(ValueError, match="must be a multiple of the 8 devices"):
+        jax.jit(mapped)(*data())
+    with pytest.raises(ValueError, match=r"inside `jax\.shard_map`"):
+        call(*data())
+    with pytest.raises(ValueError, match="axis_name"):
+        perturb.NodePerturbation(axis_name=3)
