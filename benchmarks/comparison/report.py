@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +9,9 @@ import numpy as np
 from benchmarks.comparison.peers import DEFAULT
 from benchmarks.comparison.summary import rows
 from benchmarks.harness.figures import figure, save_figure
-from benchmarks.harness.options import require
 from benchmarks.harness.progress import say
 from benchmarks.harness.tables import table
 
-README = Path(__file__).parent.parent / "README.md"
 COLORS = {
     "rbpjax": "C0",
     "jaxopt": "C1",
@@ -80,18 +75,10 @@ def line(entry: Entry) -> str:
 
 
 def write(result: Entry) -> Entry:
-    """Draws the figures and makes the block of benchmarks/README.md anew."""
+    """Draws the figures, and says what ``benchmarks readme`` writes into the pages."""
     for name, draw in (("rules-error", draw_error), ("rules-memory", draw_memory)):
         save_figure(draw(result), name)
-    text = README.read_text()
-    begin, end = "<!-- rules:begin -->", "<!-- rules:end -->"
-    require(begin in text and end in text, "benchmarks/README.md has no block rules")
-    block = f"{begin}\n{tables(result)}\n{end}"
-    pattern = re.escape(begin) + ".*?" + re.escape(end)
-    partial = README.with_suffix(".md.partial")
-    partial.write_text(re.sub(pattern, lambda _: block, text, flags=re.DOTALL))
-    os.replace(partial, README)
-    say(block)
+    say(tables(result))
     return result
 
 

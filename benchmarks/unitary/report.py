@@ -40,11 +40,12 @@ def norm_rows(result: dict[str, Any]) -> list[dict[str, str]]:
     """What is left of a state and of a gradient after the last step."""
 
     def shown(values: Any) -> str:
-        last = [row[-1] for row in values]
+        last = np.array([row[-1] for row in values], float)  # null is overflow
         return mean_std(last) if np.all(np.isfinite(last)) else "overflow"
 
     def largest(values: list[float]) -> str:
-        return f"{max(values):.1g}" if np.all(np.isfinite(values)) else "overflow"
+        found = np.array(values, float)
+        return f"{found.max():.1g}" if np.all(np.isfinite(found)) else "overflow"
 
     return [
         {
