@@ -15,6 +15,8 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT))
 
+from pygments.lexers.special import TextLexer
+
 import rbpjax
 
 project = "rbpjax"
@@ -26,7 +28,6 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
 exclude_patterns = ["test_site.py"]
@@ -182,13 +183,15 @@ def plain(lines: list[str]) -> list[str]:
         if line.lstrip().startswith((">>> ", "... ")):
             made.append(line)
             continue
-        parts = re.split(r"(``.+?``)", line)
+        bullet = re.match(r" *[*-] ", line)
+        lead = bullet[0] if bullet else ""
+        parts = re.split(r"(``.+?``)", line.removeprefix(lead))
         for i in range(0, len(parts), 2):
             text = re.sub(r"(?<!`)`([^`]+)`(?!`)", r"``\1``", parts[i])
             inner = re.split(r"(``.+?``)", text)
             inner[::2] = [re.sub(r"([*|]|_\b)", r"\\\1", t) for t in inner[::2]]
             parts[i] = "".join(inner)
-        made.append("".join(parts))
+        made.append(lead + "".join(parts))
     return made
 
 
@@ -229,4 +232,5 @@ def setup(app) -> None:
     """Makes the generated pages before anything is read."""
     write_api()
     write_gallery()
+    app.add_lexer("imports", TextLexer)  # the diagram of CONTRIBUTING.md
     app.connect("autodoc-process-docstring", to_rst, priority=400)
