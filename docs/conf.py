@@ -55,6 +55,7 @@ autodoc_type_aliases = {
 python_maximum_signature_line_length = 72
 napoleon_use_ivar = True
 napoleon_use_rtype = False
+napoleon_attr_annotations = False
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 
@@ -63,6 +64,7 @@ html_title = f"rbpjax {version}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_theme_options = {
+    "logo": {"text": "rbpjax"},
     "repository_url": "https://github.com/rbpjax/rbpjax",
     "path_to_docs": "docs",
     "use_repository_button": True,
@@ -143,7 +145,7 @@ def listing(name: str, module) -> str:
         doc = (inspect.getdoc(value) or "").partition("\n\n")[0]
         first = plain([" ".join(doc.split())])[0]
         made = inspect.isclass(value) or inspect.isroutine(value)
-        lines += [f"   * - :doc:`{n} <{name}.{n}>`", f"     - {first if made else ''}"]
+        lines += [f"   * - :doc:`{n} <{name}.{n}>`", f"     - {first if made else 'A type of callables or values.'}"]
     return "\n".join([*lines, ""])
 
 
@@ -228,9 +230,26 @@ def to_rst(app, what, name, obj, options, lines) -> None:
     lines[:] = made
 
 
+def short(text: str | None) -> str | None:
+    """Types by their last names."""
+    if text is None:
+        return None
+    text = re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text)
+    text = re.sub(r"<function (\w+)(?: at 0x\w+)?>", r"\1", text)
+    text = re.sub(r"<PjitFunction of <function (\w+) at 0x\w+>>", r"\1", text)
+    text = re.sub(r"<jax\.\S+ object at 0x\w+>", "...", text)
+    return re.sub(r"~?\b(?:[A-Za-z_]\w*\.)+([A-Za-z_]\w*)", r"\1", text)
+
+
+def shorten(app, what, name, obj, options, signature, returns):
+    """Signatures that a person can read."""
+    return short(signature), short(returns)
+
+
 def setup(app) -> None:
     """Makes the generated pages before anything is read."""
     write_api()
     write_gallery()
     app.add_lexer("imports", TextLexer)  # the diagram of CONTRIBUTING.md
     app.connect("autodoc-process-docstring", to_rst, priority=400)
+    app.connect("autodoc-process-signature", shorten)
