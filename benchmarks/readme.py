@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from benchmarks.citation import experiment as citation
+from benchmarks.citation import figures as citation_figures
 from benchmarks.comparison import families, modes, warm
 from benchmarks.comparison import report as rules_report
 from benchmarks.harness.options import require
@@ -18,6 +19,7 @@ from benchmarks.harness.tables import mean_std, table
 from benchmarks.hopfield import report as hopfield
 from benchmarks.hyperopt import experiment as hyperopt
 from benchmarks.online import experiment as online
+from benchmarks.online import figures as online_figures
 from benchmarks.perturb import experiment as perturb
 from benchmarks.unitary import experiment as unitary
 
@@ -60,7 +62,7 @@ def headlines() -> str:
             f"{sizes['adaptive']:.0f} MB against {sizes['bptt']:,.0f} MB for 10,000 "
             "rounds ([page](docs/results/citation.md)).",
             "",
-            f"JAX on a CPU with 2 cores; nothing was measured on a GPU. {_where(rules)}",
+            f"Nothing was measured on a GPU. {_where(rules)}",
         ]
     )
 
@@ -114,9 +116,7 @@ def fuzz_line() -> str:
             f"{n['alarms']:,} false alarms (right, and not called converged)"
         )
     total = result["options"]["num"]
-    return "\n".join(
-        [f"Of {total:,} random problems,", "", *lines, "", _where(result)]
-    )
+    return "\n".join([f"Of {total:,} random problems,", "", *lines, "", _where(result)])
 
 
 def modes_table() -> str:
@@ -337,6 +337,23 @@ def _where(result: dict[str, Any]) -> str:
     )
 
 
+def draw_all() -> None:
+    """Every figure from its result file."""
+    for name in ("cora", "citeseer", "pubmed", "cora-paper"):
+        citation_figures.draw(read_json(f"citation-{name}"), citation.TITLES)
+    for draw in (hopfield.draw_curves, hopfield.draw_images, hopfield.draw_costs):
+        draw(read_json("hopfield-small"), "hopfield-small")
+    for name, part in hyperopt.PARTS.items():
+        part.draw(read_json(f"hyperopt-{name}"), f"hyperopt-{name}")
+    for part in ("anbn", "balance", "brackets", "cost", "quality", "text"):
+        online_figures.draw(part, f"online-{part}")
+    for part in (*perturb.TASKS, "scaling", "cost"):
+        perturb.draw(part, read_json(f"perturb-{part}"), f"perturb-{part}")
+    rules_report.draw_all(read_json("rules"))
+    for part, (_, _, draw) in unitary.MAKERS.items():
+        draw(read_json(f"unitary-{part}"), f"unitary-{part}")
+
+
 # A block between <!-- name:begin --> and <!-- name:end --> on a page, and its maker.
 BLOCKS: dict[str, Callable[[], str]] = {
     "citation": citation_table,
@@ -380,8 +397,13 @@ class Readme:
 
     name: ClassVar[str] = "readme"
 
+    figures: bool = False
+    """Draw all figures anew, too."""
+
     def run(self) -> None:
         """Rewrites each page whole or not at all."""
+        if self.figures:
+            draw_all()
         for page in PAGES:
             partial = page.with_suffix(".md.partial")
             partial.write_text(render(page.read_text()))

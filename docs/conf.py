@@ -8,16 +8,14 @@ import importlib
 import inspect
 import re
 import shutil
-import sys
 from pathlib import Path
-
-DOCS = Path(__file__).parent
-ROOT = DOCS.parent
-sys.path.insert(0, str(ROOT))
 
 from pygments.lexers.special import TextLexer
 
 import rbpjax
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
 
 project = "rbpjax"
 author = "The rbpjax authors"
@@ -74,7 +72,7 @@ html_theme_options = {
 }
 
 
-# --- pages for every public name -------------------------------------------------------
+# --- pages for every public name ------------------------------------------------------
 
 TITLES = {
     "rbpjax": "Fixed points",
@@ -145,7 +143,10 @@ def listing(name: str, module) -> str:
         doc = (inspect.getdoc(value) or "").partition("\n\n")[0]
         first = plain([" ".join(doc.split())])[0]
         made = inspect.isclass(value) or inspect.isroutine(value)
-        lines += [f"   * - :doc:`{n} <{name}.{n}>`", f"     - {first if made else 'A type of callables or values.'}"]
+        lines += [
+            f"   * - :doc:`{n} <{name}.{n}>`",
+            f"     - {first if made else 'A type of callables or values.'}",
+        ]
     return "\n".join([*lines, ""])
 
 
@@ -175,7 +176,7 @@ def write_gallery() -> None:
         shutil.copy(notebook, folder / notebook.name)
 
 
-# --- docstrings are plain text; here they become reStructuredText ----------------------
+# --- docstrings are plain text; here they become reStructuredText ---------------------
 
 
 def plain(lines: list[str]) -> list[str]:
@@ -198,7 +199,7 @@ def plain(lines: list[str]) -> list[str]:
 
 
 def equations(lines: list[str]) -> list[str]:
-    """Indented paragraphs of the text before the first section become literal blocks."""
+    """Indented paragraphs before the first section become literal blocks."""
     made, section = [], False
     for i, line in enumerate(lines):
         section = section or bool(re.match(r"[A-Z][a-z]+:$", line))

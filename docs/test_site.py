@@ -64,8 +64,13 @@ def test_readme_is_short():
 
 @pytest.mark.parametrize(
     "page",
-    [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]
-    + [ROOT / "benchmarks" / "README.md"],
+    [
+        *PAGES,
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "CHANGELOG.md",
+        ROOT / "SECURITY.md",
+        ROOT / "benchmarks" / "README.md",
+    ],
     ids=name,
 )
 def test_links_of_sources_resolve(page):
@@ -92,6 +97,7 @@ class Links(HTMLParser):
         self.anchors: set[str] = set()
 
     def handle_starttag(self, tag, attrs):
+        """Keeps what a tag refers to, and what may be referred to."""
         for key, value in attrs:
             if key in ("href", "src") and value:
                 self.links.add(value)

@@ -1,9 +1,12 @@
 """The command line, and the README's tables."""
 
+import shutil
+
 import pytest
 
 from benchmarks import readme
 from benchmarks.__main__ import COMMANDS, main, parse
+from benchmarks.harness import results
 from benchmarks.harness.options import UsageError
 
 
@@ -54,6 +57,18 @@ def test_every_result_is_shown_once():
         readme.render("<!-- nothing:begin -->\n<!-- nothing:end -->")
     with pytest.raises(UsageError, match="no end"):
         readme.render("<!-- warm:begin -->\n")
+
+
+@pytest.mark.full
+def test_every_figure_is_drawn_from_its_result(tmp_path, monkeypatch):
+    """All that are committed, and no other."""
+    committed = readme.ROOT / "benchmarks" / "results"
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    for path in committed.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    readme.draw_all()
+    figures = lambda folder: {path.name for path in folder.glob("*.png")}
+    assert figures(tmp_path) == figures(committed)
 
 
 def test_help_exits_with_zero(capsys):
