@@ -91,7 +91,7 @@ __all__ = [
 ]
 
 _ON_FIRST_USE = frozenset({"nn", "online", "perturb", "unitary"})
-"""Packages that import optax or flax, half a second and more: loaded when first named."""
+"""Packages that import optax or flax, half a second and more: loaded on first use."""
 
 
 def __getattr__(name: str) -> object:
