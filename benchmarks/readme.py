@@ -243,7 +243,7 @@ def hyperopt_tables() -> str:
 def rules_table() -> str:
     """Time against the fastest other library, and the costs on our own."""
     result = read_json("rules")
-    return rules_report.summary(result) + " " + _where(result)
+    return rules_report.summary(result) + "\n\n" + _where(result)
 
 
 def rules_tables() -> str:

@@ -114,12 +114,20 @@ def summary(result: Entry) -> str:
             table([_summary_row(e, targets) for e in result["problems"].values()]),
             "The fastest other library's time ÷ ours, for value and gradient at the "
             "same relative gradient error, by the fastest of our rules, then by the "
-            "default; medians and quartiles of interleaved turns, above 1 is faster. "
-            f"Geometric means: {'; '.join(means)}. Neumann(K) ÷ TBPTT(K + 1): "
-            f"{', '.join(ratios)}. BPTT's temporary memory at 5,000 steps ÷ ours "
-            f"(Neumann, default): {'; '.join(memory)}. Time of a backward "
-            f"solve ÷ its products in a bare loop: {overhead}. {least}`import rbpjax`: "
-            f"{costs['imports']['above']['median']:.2f} s above `import jax`.",
+            "default; medians and quartiles of interleaved turns, above 1 is faster.",
+            "\n".join(
+                [
+                    f"- Geometric means: {'; '.join(means)}.",
+                    f"- Neumann(K) ÷ TBPTT(K + 1): {', '.join(ratios)}.",
+                    "- BPTT's temporary memory at 5,000 steps ÷ ours (Neumann, "
+                    f"default): {'; '.join(memory)}.",
+                    "- Time of a backward solve ÷ its products in a bare loop: "
+                    f"{overhead}.",
+                    *([f"- {least.strip()}"] if least else []),
+                    "- `import rbpjax`: "
+                    f"{costs['imports']['above']['median']:.2f} s above `import jax`.",
+                ]
+            ),
         ]
     )
 
