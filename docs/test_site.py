@@ -57,9 +57,20 @@ def test_outputs_are_compared():
     assert not agree("1e-06", "1e-03")
 
 
+COMMANDS = (
+    "-m benchmarks hopfield",
+    "-m pytest -q -n 2",
+)
+
+
 def test_readme_is_short():
-    """A stranger reads it in five minutes."""
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 140
+    """A stranger reads it in five minutes, and finds two commands: no more, no less."""
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 140
+    shell = [code for language, code, _ in blocks(text) if language == "bash"]
+    assert all(code.count("\n") == 1 for code in shell)
+    ends = [code.strip().split(" && .venv/bin/python ")[-1] for code in shell]
+    assert tuple(ends) == COMMANDS
 
 
 @pytest.mark.parametrize(
