@@ -4,8 +4,10 @@ API pages are made here from docstrings, one for each public name, and notebooks
 copied from ``notebooks/`` with the outputs that they were saved with.
 """
 
+import base64
 import importlib
 import inspect
+import json
 import re
 import shutil
 from pathlib import Path
@@ -28,7 +30,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["test_site.py"]
+exclude_patterns = ["test_site.py", "gallery/list.md"]
 source_suffix = {".rst": "restructuredtext", ".md": "myst-nb", ".ipynb": "myst-nb"}
 
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
@@ -168,12 +170,31 @@ def write_api() -> None:
 
 
 def write_gallery() -> None:
-    """Copies the notebooks, with their outputs."""
+    """Copies the notebooks with their outputs, and lists them with a figure of each."""
     folder = DOCS / "gallery"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        shutil.copy(notebook, folder / notebook.name)
+    entries = []
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        shutil.copy(path, folder / path.name)
+        cells = json.loads(path.read_text())["cells"]
+        head = "".join(cells[0]["source"])
+        title = head.partition("\n")[0].removeprefix("# ")
+        question = re.search(r"\*\*Question: (.*?)\*\*", head)
+        outputs = [o for cell in cells for o in cell.get("outputs", [])]
+        figures = [o["data"]["image/png"] for o in outputs if _has_figure(o)]
+        image = folder / f"{path.stem}.png"
+        image.write_bytes(base64.b64decode("".join(figures[-1])))
+        entries.append(
+            f"## [{title}](gallery/{path.name})\n\n"
+            f"{question[1][0].upper()}{question[1][1:]}\n\n"
+            f"[![{title}](gallery/{image.name})](gallery/{path.name})\n"
+        )
+    (folder / "list.md").write_text("\n".join(entries))
+
+
+def _has_figure(output: dict) -> bool:
+    return "image/png" in output.get("data", {})
 
 
 # --- docstrings are plain text; here they become reStructuredText ---------------------
