@@ -23,8 +23,9 @@ def bounds(extra: str | None) -> dict[str, str]:
     )
     found: dict[str, str] = {}
     for requirement in listed:
-        if inner := re.fullmatch(r"rbpjax\[(\w+)\]", requirement):
-            found |= bounds(inner[1])
+        if inner := re.fullmatch(r"rbpjax\[([\w,]+)\]", requirement):
+            for name in inner[1].split(","):
+                found |= bounds(name)
         else:
             name, version = re.fullmatch(r"([\w-]+)[>=]=([\w.]+)", requirement).groups()
             found[name] = version

@@ -1,4 +1,4 @@
-"""``python -m benchmarks readme``: the tables of README.md, from the result files."""
+"""``python -m benchmarks readme``: the tables of README and docs, from result files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from benchmarks.citation import experiment as citation
+from benchmarks.citation import figures as citation_figures
 from benchmarks.comparison import families, modes, warm
 from benchmarks.comparison import report as rules_report
 from benchmarks.harness.options import require
@@ -17,9 +18,54 @@ from benchmarks.harness.results import read_json
 from benchmarks.harness.tables import mean_std, table
 from benchmarks.hopfield import report as hopfield
 from benchmarks.hyperopt import experiment as hyperopt
+from benchmarks.online import experiment as online
+from benchmarks.online import figures as online_figures
 from benchmarks.perturb import experiment as perturb
+from benchmarks.scaling import experiment as scaling
+from benchmarks.unitary import experiment as unitary
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs" / "results").glob("*.md")))
+"""The files that have generated blocks."""
+
+
+def headlines() -> str:
+    """Three results for README, each with its page."""
+    rules, cora = read_json("rules"), read_json("citation-cora")
+    target = "0.001"
+    best, default = (
+        rules_report.overall(rules, target, role) for role in ("ours", "default")
+    )
+    last = {
+        batch: {name: list(sizes.values())[-1] for name, sizes in methods.items()}
+        for batch, methods in rules["costs"]["memory"].items()
+    }
+    one, many = (m["BPTT"] / m["Neumann"] for m in last.values())
+    arms = cora["splits"]["standard"]["methods"]
+    accuracy = {m: mean_std(arms[m]["test_accuracy"]) for m in ("adaptive", "bptt")}
+    sizes = {m: c["temporary_bytes"]["10000"] / 1e6 for m, c in cora["costs"].items()}
+    slower = rules_report.untuned(rules, target, rules_report.DEFAULTS[0])
+    times = slower.removeprefix(rules_report.DEFAULTS[0]).split()[0]
+    return "\n".join(
+        [
+            "- **Memory** does not grow with the number of steps: at 5,000 steps BPTT "
+            f"needs {one:,.0f} times as much for one example of 256 units, and "
+            f"{many:,.0f} times as much for {list(last)[-1]} examples "
+            "([page](docs/results/rules.md)).",
+            "- **Time** at an equal gradient error of 1e-3, over "
+            f"{best['problems']} problems, relative to the fastest other JAX or "
+            f"PyTorch library: our fastest rule is {best['median']:.2f} times as fast, "
+            f"our default {default['median']:.2f} times as fast, so slower. Against "
+            f"jaxopt's own default ours is {times} times as fast "
+            "([page](docs/results/rules.md)).",
+            "- **Accuracy** is that of BPTT where the state settles: "
+            f"{accuracy['adaptive']} against {accuracy['bptt']} on Cora (10 seeds), in "
+            f"{sizes['adaptive']:.0f} MB against {sizes['bptt']:,.0f} MB for 10,000 "
+            "rounds ([page](docs/results/citation.md)).",
+            "",
+            f"Nothing was measured on a GPU. {_where(rules)}",
+        ]
+    )
 
 
 def hopfield_table() -> str:
@@ -71,7 +117,7 @@ def fuzz_line() -> str:
             f"{n['alarms']:,} false alarms (right, and not called converged)"
         )
     total = result["options"]["num"]
-    return "\n".join([f"Of {total:,} random problems,", "", *lines])
+    return "\n".join([f"Of {total:,} random problems,", "", *lines, "", _where(result)])
 
 
 def modes_table() -> str:
@@ -185,6 +231,8 @@ def hyperopt_tables() -> str:
         facts = f"{len(result['options']['seeds'])} seeds"
         if sizes:
             uses = ("training", "validation", "test")[:: 4 - len(sizes)]
+            if part == "paper":  # its file lists the larger set, the test set, first
+                sizes = sizes[::-1]
             parts = (f"{n} {use}" for n, use in zip(sizes, uses, strict=True))
             facts += f" (mean ± standard deviation), {', '.join(parts)} digits"
         ends = [] if room.differences is None else [room.differences(result)]
@@ -196,7 +244,76 @@ def hyperopt_tables() -> str:
 def rules_table() -> str:
     """Time against the fastest other library, and the costs on our own."""
     result = read_json("rules")
-    return rules_report.summary(result) + " " + _where(result)
+    return rules_report.summary(result) + "\n\n" + _where(result)
+
+
+def rules_tables() -> str:
+    """All times, with compile times, memory and the costs of each rule."""
+    return rules_report.tables(read_json("rules"))
+
+
+def online_tables() -> str:
+    """A table for each part of ``online``."""
+    titles = {
+        "anbn": "aⁿbⁿ, bits a character",
+        "brackets": "Distant brackets, bits a character",
+        "text": "WikiText-2, bits a character",
+        "balance": "Influence balancing, where θ* = -1/6",
+        "quality": "Gradients of a GRU against RTRL (mean ± standard deviation)",
+        "cost": "Time a step by units n, temporary memory by length T",
+    }
+    made = []
+    for part, heading in titles.items():
+        result = read_json(f"online-{part}")
+        seeds = len(result["options"]["seeds"])
+        facts = [f"{seeds} seeds."]
+        if result.get("entropy"):
+            facts.append(f"The source's entropy is {result['entropy']:.4f} bits.")
+        note = " ".join([*facts, _where(result)])
+        made.append(f"{heading}:\n\n{online.show(part, result)}\n\n{note}")
+    return "\n\n".join(made)
+
+
+def unitary_tables() -> str:
+    """A table for each part of ``unitary``."""
+    titles = {
+        "copying": "Copying memory",
+        "adding": "The adding problem",
+        "digits": "Digits, pixel by pixel",
+        "norms": "What is left of a state and of a gradient after the last step",
+        "memory": "Memory, time and error of the gradient by history",
+        "cost": "Time of the kernel against one iteration, by lattice",
+    }
+    made = []
+    for part, heading in titles.items():
+        result = read_json(f"unitary-{part}")
+        rows = unitary.MAKERS[part][1](result)
+        options, facts = result["options"], ""
+        if part == "copying":
+            facts = f"Delay {options['delay']:,}. "
+        if "memoryless" in result:
+            facts += (
+                f"{len(options['seeds'])} seeds; without memory the loss is "
+                f"{result['memoryless']:.4f}. "
+            )
+        made.append(f"{heading}:\n\n{table(rows)}\n\n{facts}{_where(result)}")
+    return "\n\n".join(made)
+
+
+def fuzz_rooms_table() -> str:
+    """What the second fuzz found, by kind."""
+    result = read_json("fuzz-rooms")
+    rows = [
+        {
+            "kind": kind,
+            "cases": f"{found['cases']:,}",
+            "silently wrong": str(found["silently_wrong"]),
+            "crashed groups": str(found["crashed_groups"]),
+            "largest error ÷ bound": f"{found['worst']['error ÷ bound']:.1g}",
+        }
+        for kind, found in result["kinds"].items()
+    ]
+    return f"{table(rows)}\n\n{_where(result)}"
 
 
 def warm_table() -> str:
@@ -221,27 +338,72 @@ def _where(result: dict[str, Any]) -> str:
     )
 
 
-# A block of README between <!-- name:begin --> and <!-- name:end -->, and its maker.
+def draw_all() -> None:
+    """Every figure from its result file."""
+    for name in ("cora", "citeseer", "pubmed", "cora-paper"):
+        citation_figures.draw(read_json(f"citation-{name}"), citation.TITLES)
+    for draw in (hopfield.draw_curves, hopfield.draw_images, hopfield.draw_costs):
+        draw(read_json("hopfield-small"), "hopfield-small")
+    for name, part in hyperopt.PARTS.items():
+        part.draw(read_json(f"hyperopt-{name}"), f"hyperopt-{name}")
+    for part in ("anbn", "balance", "brackets", "cost", "quality", "text"):
+        online_figures.draw(part, f"online-{part}")
+    for part in (*perturb.TASKS, "scaling", "cost"):
+        perturb.draw(part, read_json(f"perturb-{part}"), f"perturb-{part}")
+    rules_report.draw_all(read_json("rules"))
+    for part, (_, _, draw) in unitary.MAKERS.items():
+        draw(read_json(f"unitary-{part}"), f"unitary-{part}")
+
+
+# A block between <!-- name:begin --> and <!-- name:end --> on a page, and its maker.
+def scaling_tables() -> str:
+    """What was measured here, and what is predicted for accelerators."""
+    result, machine = read_json("scaling"), read_json("scaling")["options"]
+    return (
+        "Measured, on virtual devices that share the cores of one machine:\n\n"
+        + table([scaling.measured_row(row) for row in result["measured"]])
+        + "\n\nPredicted, not measured, for accelerators of "
+        f"{machine['flops']:.0e} floating-point operations and {machine['memory']:.1e} "
+        f"bytes of memory a second, links of {machine['link']:.0e} bytes a second and "
+        f"a latency of {machine['latency']:.0e} s, and a network of "
+        f"{machine['accelerator_units']:,} units:\n\n"
+        + table([scaling.predicted_row(row) for row in result["predicted"]])
+        + f"\n\n{_where(result)}"
+    )
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "citation": citation_table,
     "citation-paper": citation_paper_table,
     "families": families_table,
     "fuzz": fuzz_line,
+    "fuzz-rooms": fuzz_rooms_table,
+    "headlines": headlines,
     "hopfield": hopfield_table,
     "hyperopt": hyperopt_tables,
     "modes": modes_table,
+    "online": online_tables,
     "perturb": perturb_table,
     "rules": rules_table,
+    "rules-all": rules_tables,
+    "scaling": scaling_tables,
+    "unitary": unitary_tables,
     "warm": warm_table,
 }
 
 
+def names(text: str) -> list[str]:
+    """The blocks of a page."""
+    return re.findall(r"^<!-- ([\w-]+):begin -->$", text, re.M)
+
+
 def render(text: str) -> str:
     """``text`` with every generated block made anew."""
-    for name, make in BLOCKS.items():
+    for name in names(text):
+        require(name in BLOCKS, f"no result is called {name}")
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        require(begin in text and end in text, f"README.md has no block {name}")
-        block = f"{begin}\n{make()}\n{end}"
+        require(end in text, f"the block {name} has no end")
+        block = f"{begin}\n{BLOCKS[name]()}\n{end}"
         pattern = re.escape(begin) + ".*?" + re.escape(end)
         text = re.sub(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
     return text
@@ -249,12 +411,18 @@ def render(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Readme:
-    """Make the tables of README.md from the result files."""
+    """Make the tables of README.md and docs/results/ from the result files."""
 
     name: ClassVar[str] = "readme"
 
+    figures: bool = False
+    """Draw all figures anew, too."""
+
     def run(self) -> None:
-        """Rewrites README.md whole or not at all."""
-        partial = README.with_suffix(".md.partial")
-        partial.write_text(render(README.read_text()))
-        os.replace(partial, README)
+        """Rewrites each page whole or not at all."""
+        if self.figures:
+            draw_all()
+        for page in PAGES:
+            partial = page.with_suffix(".md.partial")
+            partial.write_text(render(page.read_text()))
+            os.replace(partial, page)

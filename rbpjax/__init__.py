@@ -1,7 +1,7 @@
 """Gradients of recurrent computations without their history, as JAX transforms.
 
 The convergent regime is here: ``rbp_solve``, its forward solvers and backward rules.
-The rooms beside it, each a namespace of its own:
+Beside it, each a namespace of its own:
 
 * ``rbpjax.diagnostics``: can a fixed point be differentiated, and by which rule;
 * ``rbpjax.regularizers``: what keeps a network convergent while it is trained;
@@ -91,16 +91,16 @@ __all__ = [
 ]
 
 _ON_FIRST_USE = frozenset({"nn", "online", "perturb", "unitary"})
-"""Rooms that import optax or flax, half a second and more: loaded when first named."""
+"""Packages that import optax or flax, half a second and more: loaded on first use."""
 
 
 def __getattr__(name: str) -> object:
-    """Loads a room on its first use (PEP 562)."""
+    """Loads a package on its first use (PEP 562)."""
     if name in _ON_FIRST_USE:
         return importlib.import_module(f"rbpjax.{name}")
     raise AttributeError(f"module 'rbpjax' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    """All public names, and the room that needs flax."""
+    """All public names, and the package that needs flax."""
     return [*__all__, "nn"]

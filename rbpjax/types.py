@@ -1,4 +1,4 @@
-"""Words that every room shares: the step function, results, and protocols.
+"""Words that all packages share: the step function, results, and protocols.
 
 Legend used in all docstrings:
 

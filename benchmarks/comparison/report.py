@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.comparison.peers import DEFAULT
 from benchmarks.comparison.summary import rows
-from benchmarks.harness.figures import figure, save_figure
-from benchmarks.harness.options import require
+from benchmarks.harness.figures import figure, legend, look, save_figure
 from benchmarks.harness.progress import say
 from benchmarks.harness.tables import table
 
-README = Path(__file__).parent.parent / "README.md"
-COLORS = {
-    "rbpjax": "C0",
-    "jaxopt": "C1",
-    "optimistix": "C2",
-    "jax": "C7",
-    "torchdeq": "C3",
-}
+LIBRARIES = ("rbpjax", "jaxopt", "optimistix", "jax", "torchdeq")
 DEFAULTS = ("jaxopt normal CG", "optimistix default (LU)")
 """What the peers do when nothing is chosen; the forward iteration is theirs too."""
 Entry = dict[str, Any]
@@ -80,19 +69,16 @@ def line(entry: Entry) -> str:
 
 
 def write(result: Entry) -> Entry:
-    """Draws the figures and makes the block of benchmarks/README.md anew."""
+    """Draws the figures, and says what ``benchmarks readme`` writes into the pages."""
+    draw_all(result)
+    say(tables(result))
+    return result
+
+
+def draw_all(result: Entry) -> None:
+    """Both figures."""
     for name, draw in (("rules-error", draw_error), ("rules-memory", draw_memory)):
         save_figure(draw(result), name)
-    text = README.read_text()
-    begin, end = "<!-- rules:begin -->", "<!-- rules:end -->"
-    require(begin in text and end in text, "benchmarks/README.md has no block rules")
-    block = f"{begin}\n{tables(result)}\n{end}"
-    pattern = re.escape(begin) + ".*?" + re.escape(end)
-    partial = README.with_suffix(".md.partial")
-    partial.write_text(re.sub(pattern, lambda _: block, text, flags=re.DOTALL))
-    os.replace(partial, README)
-    say(block)
-    return result
 
 
 def summary(result: Entry) -> str:
@@ -128,12 +114,20 @@ def summary(result: Entry) -> str:
             table([_summary_row(e, targets) for e in result["problems"].values()]),
             "The fastest other library's time ÷ ours, for value and gradient at the "
             "same relative gradient error, by the fastest of our rules, then by the "
-            "default; medians and quartiles of interleaved turns, above 1 is faster. "
-            f"Geometric means: {'; '.join(means)}. Neumann(K) ÷ TBPTT(K + 1): "
-            f"{', '.join(ratios)}. BPTT's temporary memory at 5,000 steps ÷ ours "
-            f"(Neumann, default): {'; '.join(memory)}. Time of a backward "
-            f"solve ÷ its products in a bare loop: {overhead}. {least}`import rbpjax`: "
-            f"{costs['imports']['above']['median']:.2f} s above `import jax`.",
+            "default; medians and quartiles of interleaved turns, above 1 is faster.",
+            "\n".join(
+                [
+                    f"- Geometric means: {'; '.join(means)}.",
+                    f"- Neumann(K) ÷ TBPTT(K + 1): {', '.join(ratios)}.",
+                    "- BPTT's temporary memory at 5,000 steps ÷ ours (Neumann, "
+                    f"default): {'; '.join(memory)}.",
+                    "- Time of a backward solve ÷ its products in a bare loop: "
+                    f"{overhead}.",
+                    *([f"- {least.strip()}"] if least else []),
+                    "- `import rbpjax`: "
+                    f"{costs['imports']['above']['median']:.2f} s above `import jax`.",
+                ]
+            ),
         ]
     )
 
@@ -318,25 +312,23 @@ def _above_limit(limit: Entry) -> dict[str, str]:
 
 
 def draw_error(result: Entry) -> Any:
-    """Time against error: one curve a method, one color a library."""
+    """Time against error: for each library the best that any of its methods does."""
     names = [n for n in result["problems"] if not n.startswith("family")]
     columns = 5
     lines = max(-(-len(names) // columns), 1)
-    fig, axes = figure(13, 2.7 * lines, nrows=lines, ncols=columns, squeeze=False)
+    fig, axes = figure(13, 2.8 * lines + 0.4, nrows=lines, ncols=columns, squeeze=False)
+    words = {"rbpjax": "rbpjax, best rule", "jax": "jax: custom_root, BPTT, TBPTT"}
     for ax, name in zip(axes.flat, names, strict=False):
         entry = result["problems"][name]
-        for method, front in entry["fronts"].items():
-            default, library = method == DEFAULT, method.split()[0]
-            ax.loglog(
-                front[::2],
-                [1e3 * seconds for seconds in front[1::2]],
-                color=COLORS[library],
-                linewidth=2.4 if default else 0.9,
-                marker="o" if default else ".",
-                markersize=4,
-                alpha=1 if default else 0.7,
-                zorder=4 if default else 3 if library == "rbpjax" else 2,
-            )
+        for library in LIBRARIES:
+            best = front(entry, lambda m, library=library: m.split()[0] == library)
+            if best:
+                label = words.get(library, library)
+                ax.loglog(*zip(*best, strict=True), label=label, **look(library))
+        default = front(entry, lambda method: method == DEFAULT)
+        if default:
+            style = look("rbpjax, default") | {"lw": 2.2, "zorder": 4}
+            ax.loglog(*zip(*default, strict=True), label="rbpjax, default", **style)
         ax.set_title(entry["title"])
         ax.invert_xaxis()
     for ax in axes.flat[len(names) :]:
@@ -345,36 +337,48 @@ def draw_error(result: Entry) -> Any:
         ax.set_ylabel("time, ms")
     for ax in axes[-1]:
         ax.set_xlabel("relative gradient error")
-    present = {m.split()[0] for e in result["problems"].values() for m in e["fronts"]}
-    keys = [
-        fig.axes[0].plot([], [], color=COLORS["rbpjax"], linewidth=2.4, marker="o")[0]
-    ]
-    labels = ["rbpjax, default"]
-    for library, color in COLORS.items():
-        if library in present:
-            keys.append(
-                fig.axes[0].plot([], [], color=color, linewidth=0.9, marker=".")[0]
-            )
-            labels.append(
-                {"jax": "jax: custom_root, BPTT, TBPTT"}.get(library, library)
-            )
-    fig.legend(keys, labels, loc="outside lower center", ncols=len(keys))
+    legend(fig, *axes.flat, ncols=6)
     return fig
+
+
+def front(entry: Entry, wanted: Any) -> list[tuple[float, float]]:
+    """(error, milliseconds) that no other trial of the wanted methods beats in both."""
+    trials = sorted(
+        (error, 1e3 * seconds)
+        for method, values in entry["fronts"].items()
+        if wanted(method)
+        for error, seconds in zip(values[::2], values[1::2], strict=True)
+    )
+    kept: list[tuple[float, float]] = []
+    for error, time in trials:  # from the smallest error on
+        if not kept or time < kept[-1][1]:
+            kept.append((error, time))
+    return kept
 
 
 def draw_memory(result: Entry) -> Any:
     """Temporary bytes against steps, for one example and a batch."""
     memory = result["costs"]["memory"]
-    fig, axes = figure(8, 3, ncols=len(memory), squeeze=False)
+    words = {
+        "TBPTT, half": "TBPTT, half of the steps",
+        "Neumann": "rbpjax, Neumann",
+        "Adaptive": "rbpjax, default",
+    }
+    fig, axes = figure(8, 3.4, ncols=len(memory), squeeze=False)
     for ax, (batch, methods) in zip(axes[0], memory.items(), strict=True):
         for name, sizes in methods.items():
             ax.loglog(
-                list(map(int, sizes)), list(sizes.values()), marker=".", label=name
+                list(map(int, sizes)),
+                [size / 1e6 for size in sizes.values()],
+                marker="o",
+                ms=3,
+                label=words.get(name, name),
+                **look(name),
             )
-        ax.set_title(f"tanh RNN, {batch} × 256 units")
-        ax.set_xlabel("steps")
-    axes[0, 0].set_ylabel("temporary bytes")
-    axes[0, 0].legend()
+        ax.set_title(f"{batch} example{'s' * (batch != '1')} of 256 units")
+        ax.set_xlabel("steps of the network")
+    axes[0, 0].set_ylabel("memory of one gradient, MB")
+    legend(fig, axes[0, 0])
     return fig
 
 

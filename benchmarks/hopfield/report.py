@@ -6,7 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness.figures import figure, save_figure
+from benchmarks.harness.figures import (
+    few_decades,
+    figure,
+    legend,
+    line_named,
+    look,
+    save_figure,
+)
 from benchmarks.harness.tables import mean_std
 from benchmarks.hopfield.images import unpack
 
@@ -63,30 +70,28 @@ def draw_curves(result: dict[str, Any], name: str) -> Any:
     }
     fig, axes = figure(10, 3.2, ncols=3)
     for ax, (key, title) in zip(axes, panels.items(), strict=True):
-        for i, (method, m) in enumerate(result["methods"].items()):
+        for method, m in result["methods"].items():
             values = np.array(m["history"][key], float)
-            style = {"color": f"C{i}", "ls": ("-", "--", "-.", ":", (0, (5, 1)))[i % 5]}
+            style = look(TITLES[method])
             ax.plot(m["steps"], values.mean(1), label=TITLES[method], **style)
             ax.fill_between(
-                m["steps"], values.min(1), values.max(1), color=f"C{i}", alpha=0.15
+                m["steps"],
+                values.min(1),
+                values.max(1),
+                color=style["color"],
+                alpha=0.1,
             )
         ax.set(title=title, xlabel="Adam steps")
     axes[0].set_yscale("log")
-    axes[1].axhline(result["input_error"], color="k", lw=0.8)
-    axes[1].annotate(
-        "corrupted input",
-        (0.98, result["input_error"]),
-        ha="right",
-        xycoords=("axes fraction", "data"),
-        va="bottom",
-        fontsize=8,
-    )
+    few_decades(axes[0].yaxis)
+    line_named(axes[1], result["input_error"], "corrupted input")
     axes[1].set_ylim(0)
-    axes[2].axhline(1, color="k", lw=0.8)
-    axes[0].legend()
+    line_named(axes[2], 1, "ρ(J) = 1", ls="--")
+    axes[2].set_ylim(0, 1.1)
+    legend(fig, *axes, ncols=7)
     seeds = len(result["options"]["seeds"])
     fig.suptitle(
-        f"Hopfield memory, {result['options']['dataset']}: mean and range over "
+        f"Associative memory, {result['options']['dataset']}: mean and range over "
         f"{seeds} seed{'s' * (seeds > 1)}"
     )
     return save_figure(fig, f"{name}-curves")
@@ -112,9 +117,14 @@ def draw_images(result: dict[str, Any], name: str) -> Any:
 def draw_costs(result: dict[str, Any], name: str) -> Any:
     """Memory and time of one gradient against the truncation."""
     fig, axes = figure(8, 3.2, ncols=2)
-    for i, (method, at) in enumerate(result["sweep"].items()):
+    for method, at in result["sweep"].items():
         k = [int(x) for x in at]
-        style = {"color": f"C{i}", "marker": "o", "ms": 3, "label": TITLES[method]}
+        style = {
+            "marker": "o",
+            "ms": 3,
+            "label": TITLES[method],
+            **look(TITLES[method]),
+        }
         memory = [c["temporary_bytes"] / 1e6 for c in at.values()]
         times = [1e3 * c["seconds"]["median"] for c in at.values()]
         axes[0].loglog(k, memory, **style)
@@ -122,6 +132,6 @@ def draw_costs(result: dict[str, Any], name: str) -> Any:
     axes[0].set(title="compiled temporary memory", ylabel="MB")
     axes[1].set(title="time of one gradient", ylabel="ms")
     for ax in axes:
-        ax.set(xlabel="truncation K (forward run of max(K, 50) updates)")
-    axes[0].legend()
+        ax.set(xlabel="truncation K (forward: max(K, 50) updates)")
+    legend(fig, axes[0])
     return save_figure(fig, f"{name}-cost")

@@ -20,7 +20,7 @@ import optax
 
 import rbpjax
 from benchmarks.harness.checkpoints import Checkpoints
-from benchmarks.harness.figures import figure, save_figure
+from benchmarks.harness.figures import figure, legend, look, save_figure
 from benchmarks.harness.measurement import interleaved_times, spread
 from benchmarks.harness.tables import mean_std
 from benchmarks.hyperopt.descent import (
@@ -308,24 +308,26 @@ def differences(result: dict[str, Any]) -> str:
 def draw(result: dict[str, Any], name: str) -> Any:
     """Losses, AUC, and the final weights of right and wrong examples."""
     fig, axes = figure(10.5, 3.2, ncols=3)
-    for i, (rule, r) in enumerate(result["rules"].items()):
+    for rule, r in result["rules"].items():
+        style = look(rule)
+        color = style["color"]
         h = {k: np.array(v, float) for k, v in r["history"].items()}
         steps = np.arange(h["auc"].shape[1])
-        axes[0].plot(steps, h["outer_loss"].mean(0), color=f"C{i}", label=rule)
-        axes[0].plot(steps, h["test_loss"].mean(0), color=f"C{i}", ls=":")
-        axes[1].plot(steps[1:], h["auc"].mean(0)[1:], color=f"C{i}", label=rule)
+        axes[0].plot(steps, h["outer_loss"].mean(0), color=color, label=rule)
+        axes[0].plot(steps, h["test_loss"].mean(0), color=color, ls=":")
+        axes[1].plot(steps[1:], h["auc"].mean(0)[1:], color=color)
         low, high = h["auc"].min(0), h["auc"].max(0)
-        axes[1].fill_between(steps[1:], low[1:], high[1:], color=f"C{i}", alpha=0.12)
-    axes[0].set(title="loss: validation —, test ···", xlabel="outer steps")
-    axes[0].legend(fontsize=8)
-    axes[1].axhline(0.95, color="k", lw=0.8, ls="--")
-    axes[1].set(title="AUC of weight against wrong label", xlabel="outer steps")
+        axes[1].fill_between(steps[1:], low[1:], high[1:], color=color, alpha=0.1)
+    axes[0].set(title="loss", xlabel="outer steps")
+    axes[0].plot([], [], "k-", label="validation")
+    axes[0].plot([], [], "k:", label="test")
+    axes[1].set(title="AUC: weight against wrong label", xlabel="outer steps")
     edges = np.linspace(0, 1, len(result["weights"]["right"]) + 1)
     for label, counts in result["weights"].items():
         axes[2].stairs(counts, edges, fill=True, alpha=0.5, label=f"{label} label")
-    axes[2].set(title="final weights, Adaptive, all seeds", xlabel="sigmoid(a)")
+    axes[2].set(title="final weights by Adaptive", xlabel="weight", ylabel="examples")
     axes[2].set_yscale("log")
-    axes[2].legend(fontsize=8)
+    legend(fig, *axes, ncols=7)
     seeds = len(next(iter(result["rules"].values()))["seconds"])
     fig.suptitle(f"Data cleaning, half of the labels wrong: {seeds} seeds")
     return save_figure(fig, name)

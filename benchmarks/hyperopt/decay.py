@@ -20,7 +20,7 @@ import optax
 
 import rbpjax
 from benchmarks.harness.checkpoints import Checkpoints
-from benchmarks.harness.figures import figure, save_figure
+from benchmarks.harness.figures import figure, legend, look, save_figure
 from benchmarks.harness.measurement import interleaved_times, spread
 from benchmarks.harness.tables import mean_std
 from benchmarks.hyperopt.descent import (
@@ -243,30 +243,31 @@ def differences(result: dict[str, Any]) -> str:
 def draw(result: dict[str, Any], name: str) -> Any:
     """Losses by rule, and where the decays go."""
     fig, axes = figure(10.5, 3.2, ncols=3)
+    # In the last panel the line tells the layer, the color the rule.
     marks = dict(zip(LAYERS, ("-", "--", ":"), strict=True))
     for i, (rule, r) in enumerate(result["rules"].items()):
+        style = look(rule)
         h = {k: np.array(v, float) for k, v in r["history"].items()}
         steps = np.arange(h["outer_loss"].shape[1])
         for ax, key in zip(axes, ("outer_loss", "test_loss"), strict=False):
-            ax.plot(steps, h[key].mean(0), color=f"C{i}", label=rule)
+            ax.plot(steps, h[key].mean(0), label=rule, **style)
             low, high = h[key].min(0), h[key].max(0)
-            ax.fill_between(steps, low, high, color=f"C{i}", alpha=0.12)
+            ax.fill_between(steps, low, high, color=style["color"], alpha=0.1)
         for layer in LAYERS:
             decay = np.exp(h[f"log_decay_{layer}"].mean(0))
-            label = layer if i == 0 else None
-            axes[2].semilogy(steps, decay, marks[layer], color=f"C{i}", label=label)
+            axes[2].semilogy(steps, decay, marks[layer], color=style["color"])
+            if i == 0:
+                axes[2].plot([], [], marks[layer], color="k", label=layer)
     for ax, key in zip(axes, ("outer_loss", "test_loss"), strict=False):
-        ax.axhline(best_common(result)[key].mean(), color="k", lw=0.8, ls="--")
+        best = best_common(result)[key].mean()
+        ax.axhline(best, color="k", lw=0.9, ls=":", label="best common decay")
         ax.set(title=key.replace("outer", "validation").replace("_", " "))
-    axes[0].legend(fontsize=8)
-    axes[2].set(title="decays (geometric mean)")
-    axes[2].legend(fontsize=8)
+    legend(fig, *axes, ncols=7)
+    axes[2].set(title="decay of each layer (geometric mean)")
     for ax in axes:
         ax.set_xlabel("outer steps")
     seeds = len(result["options"]["seeds"])
-    fig.suptitle(
-        f"Decay of layers: mean and range over {seeds} seeds; dashed: best common decay"
-    )
+    fig.suptitle(f"A weight decay for each layer: mean and range over {seeds} seeds")
     return save_figure(fig, name)
 
 

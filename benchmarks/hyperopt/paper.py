@@ -30,7 +30,7 @@ import optax
 
 import rbpjax
 from benchmarks.harness.checkpoints import Checkpoints
-from benchmarks.harness.figures import figure, save_figure
+from benchmarks.harness.figures import figure, legend, look, save_figure
 from benchmarks.harness.measurement import interleaved_times, spread
 from benchmarks.harness.tables import mean_std
 from benchmarks.hyperopt.descent import (
@@ -270,18 +270,18 @@ def draw(result: dict[str, Any], name: str) -> Any:
     }
     fig, axes = figure(10.5, 3.2, ncols=3)
     for ax, (key, title) in zip(axes, panels.items(), strict=True):
-        for i, (method, m) in enumerate(result["methods"].items()):
+        for method, m in result["methods"].items():
             values = {k: np.array(v, float) for k, v in m["history"][key].items()}
             if not np.isfinite(values["median"]).any():
                 continue  # BPTT solves no adjoint
-            style = {"color": f"C{i}", "ls": ("-", "--", "-.", ":", (0, (5, 1)))[i]}
+            style = look(method)
             ax.semilogy(values["median"], label=method, **style)
             steps = range(len(values["least"]))
             ax.fill_between(
-                steps, values["least"], values["most"], color=f"C{i}", alpha=0.1
+                steps, values["least"], values["most"], color=style["color"], alpha=0.08
             )
         ax.set(title=title, xlabel="meta-steps")
-    axes[0].legend(fontsize=8)
+    legend(fig, *axes)
     seeds = len(result["options"]["seeds"])
     fig.suptitle(
         f"Step sizes and momenta, {result['options']['dataset']}: median and range of "

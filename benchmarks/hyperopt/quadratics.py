@@ -23,7 +23,7 @@ import optax
 import rbpjax
 from benchmarks.comparison.products import Counter
 from benchmarks.harness.checkpoints import Checkpoints
-from benchmarks.harness.figures import figure, save_figure
+from benchmarks.harness.figures import figure, legend, look, save_figure
 from benchmarks.harness.progress import progress
 from benchmarks.hyperopt.part import Part
 from rbpjax import (
@@ -233,10 +233,9 @@ def draw(result: dict[str, Any], name: str) -> Any:
     fig, axes = figure(9, 6, **shape, sharex=True, sharey=True, squeeze=False)
     for ax, (case, entries) in zip(axes.flat, result["cases"].items(), strict=True):
         for rule, entry in entries.items():
-            i = list(RULES).index(rule)
             error = np.median(np.array(entry["error"], float), axis=1)
             products = np.median(entry["products"], axis=1)
-            style = {"ls": ("-", "--")[i % 2], "color": f"C{i}", "marker": "o"}
+            style = look(rule) | {"marker": "o"}
             shown = np.clip(error, 1e-16, 1e3)
             ax.loglog(products, shown, ms=2.5, lw=1.2, label=rule, **style)
         ax.set(title=case, ylim=(1e-15, 1e4))
@@ -244,7 +243,7 @@ def draw(result: dict[str, Any], name: str) -> Any:
         ax.set_xlabel("products with J or Jᵀ")
     for ax in axes[:, 0]:
         ax.set_ylabel("relative error of the hypergradient")
-    axes[0, 0].legend(fontsize=7)
+    legend(fig, *axes.flat, ncols=4)
     seeds = len(result["options"]["seeds"])
     fig.suptitle(f"Quadratics, {result['size']} weights: median of {seeds} draws")
     return save_figure(fig, name)

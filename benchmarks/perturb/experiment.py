@@ -18,7 +18,13 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 
 from benchmarks.harness.checkpoints import Checkpoints
-from benchmarks.harness.figures import figure, save_figure
+from benchmarks.harness.figures import (
+    few_decades,
+    figure,
+    legend,
+    look,
+    save_figure,
+)
 from benchmarks.harness.options import OneOf, Seeds, Within, require
 from benchmarks.harness.progress import say
 from benchmarks.harness.results import read_json, record, write_json
@@ -177,33 +183,43 @@ def draw(part: str, result: dict[str, Any], name: str) -> Any:
         return draw_cost(result, name)
     if part == "scaling":
         return draw_scaling(result, name)
-    fig, axes = figure(9, 3.4, ncols=2, sharey=True)
+    fig, axes = figure(9, 3.9, ncols=2, sharey=True)
     budget = result["options"]["budget"]
     for arm, m in result["methods"].items():
         base = arm.removesuffix("+d")
-        color = f"C{list(methods(2, 1, 1)).index(base)}"
+        style = look(title(base))
         curves = np.array(m["curves"], float)
         passes = np.linspace(0, budget, curves.shape[1])
         for ax, here in ((axes[0], not arm.endswith("+d")), (axes[1], "+d" in arm)):
             if here:
-                ax.plot(passes, np.nanmean(curves, 0), color=color, label=title(base))
+                ax.plot(passes, np.nanmean(curves, 0), label=title(base), **style)
                 low, high = np.nanmin(curves, 0), np.nanmax(curves, 0)
-                ax.fill_between(passes, low, high, color=color, alpha=0.12)
-    for value in result["naive"].values():
+                ax.fill_between(passes, low, high, color=style["color"], alpha=0.1)
+    for words, value in result["naive"].items():
         for ax in axes:
-            ax.axhline(value, color="k", lw=0.8, ls=":")
+            ax.axhline(value, color="k", lw=0.9, ls=":", label=words)
     axes[0].set(title="plain", ylabel=result["measure"] + " on test data")
     axes[1].set(title="with decorrelation")
     for ax in axes:
         ax.set(xlabel="forward passes", yscale="log", ylim=(None, 2))
-    axes[0].legend(fontsize=7)
-    fig.suptitle(f"{name}: mean and range over {len(result['options']['seeds'])} seeds")
+    if np.log10(axes[0].get_ylim()[1] / axes[0].get_ylim()[0]) < 2:
+        few_decades(axes[0].yaxis)
+    legend(fig, axes[0], ncols=5)
+    words = {
+        "forecast": "Mackey-Glass, 15 units ahead",
+        "recall": "Mackey-Glass, 15 units ago",
+        "copying": "Copying",
+        "weather": "Weather",
+    }
+    fig.suptitle(
+        f"{words[part]}: mean and range over {len(result['options']['seeds'])} seeds"
+    )
     return save_figure(fig, name)
 
 
 def draw_scaling(result: dict[str, Any], name: str) -> Any:
     """Final score against units."""
-    fig, ax = figure(4.8, 3.4)
+    fig, ax = figure(5.2, 3.9)
     for arm in SCALED:
         sizes = {
             int(u): np.array(at["methods"][arm]["final"], float)
@@ -212,22 +228,26 @@ def draw_scaling(result: dict[str, Any], name: str) -> Any:
         }
         mean = [np.nanmean(v) for v in sizes.values()]
         error = [np.nanstd(v) for v in sizes.values()]
-        ax.errorbar(list(sizes), mean, error, marker="o", ms=3, label=title(arm))
+        style = look(title(arm))
+        ax.errorbar(
+            list(sizes), mean, error, marker="o", ms=3, label=title(arm), **style
+        )
     ax.set(xscale="log", yscale="log", xlabel="units", ylabel="NMSE on test data")
     ax.set_xticks(SIZES, [str(s) for s in SIZES])
     ax.minorticks_off()
-    ax.legend(fontsize=7)
-    ax.set_title("forecast, the same budget of passes at every size")
+    few_decades(ax.yaxis)
+    legend(fig, ax)
+    ax.set_title("Mackey-Glass ahead, the same budget of passes")
     return save_figure(fig, name)
 
 
 def draw_cost(result: dict[str, Any], name: str) -> Any:
     """Time and memory of one gradient against units."""
-    fig, axes = figure(8, 3.2, ncols=2)
+    fig, axes = figure(8, 3.6, ncols=2)
     at = result["by_units"]
     for arm, sizes in at["methods"].items():
         units = [int(u) for u in sizes]
-        style = dict(marker="o", ms=3, label=title(arm))
+        style = dict(marker="o", ms=3, label=title(arm), **look(title(arm)))
         seconds = [1e3 * s["seconds"]["median"] for s in sizes.values()]
         axes[0].loglog(units, seconds, **style)
         memory = [s["temporary_bytes"] / 1e6 for s in sizes.values()]
@@ -238,7 +258,7 @@ def draw_cost(result: dict[str, Any], name: str) -> Any:
         ax.set_xlabel("units")
         ax.set_xticks(SIZES, [str(s) for s in SIZES])
         ax.minorticks_off()
-    axes[0].legend(fontsize=7)
+    legend(fig, axes[0])
     fig.suptitle(
         f"{at['steps']} steps, {at['examples']} examples, {at['samples']} samples"
     )

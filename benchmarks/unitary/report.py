@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness.figures import figure, save_figure
+from benchmarks.harness.figures import figure, legend, line_named, look, save_figure
 from benchmarks.harness.tables import mean_std
 
 TITLES = {
@@ -40,11 +40,12 @@ def norm_rows(result: dict[str, Any]) -> list[dict[str, str]]:
     """What is left of a state and of a gradient after the last step."""
 
     def shown(values: Any) -> str:
-        last = [row[-1] for row in values]
+        last = np.array([row[-1] for row in values], float)  # null is overflow
         return mean_std(last) if np.all(np.isfinite(last)) else "overflow"
 
     def largest(values: list[float]) -> str:
-        return f"{max(values):.1g}" if np.all(np.isfinite(values)) else "overflow"
+        found = np.array(values, float)
+        return f"{found.max():.1g}" if np.all(np.isfinite(found)) else "overflow"
 
     return [
         {
@@ -91,25 +92,24 @@ def task_rows(result: dict[str, Any]) -> list[dict[str, str]]:
 
 def draw_cost(result: dict[str, Any], name: str) -> None:
     """Times and their ratio against the number of sites."""
-    fig, axes = figure(8, 3.2, ncols=2)
+    fig, axes = figure(8, 4, ncols=2)
     for i, (title, sides) in enumerate(result["cases"].items()):
         sites = [int(side) ** 2 for side in sides]
         of = lambda key, sides=sides: [at[key]["median"] for at in sides.values()]
         style = {"color": f"C{i}", "marker": "o", "ms": 3}
         axes[0].loglog(sites, of("iteration"), label=f"iteration, {title}", **style)
         axes[0].loglog(sites, of("kernel"), ls="--", label=f"kernel, {title}", **style)
-        axes[1].semilogx(sites, of("ratio"), label=title, **style)
+        axes[1].semilogx(sites, of("ratio"), **style)
     axes[0].set(title="time", ylabel="seconds", xlabel="sites of the lattice")
     axes[1].set(title="kernel ÷ one iteration", xlabel="sites of the lattice")
     axes[1].set_yscale("log")
-    axes[0].legend(fontsize=7)
-    axes[1].legend(fontsize=7)
+    legend(fig, *axes, ncols=3)
     save_figure(fig, name)
 
 
 def draw_norms(result: dict[str, Any], name: str) -> None:
     """Norms of state and gradient against time."""
-    fig, axes = figure(9, 4.2, ncols=2, sharey=True)
+    fig, axes = figure(9, 4.4, ncols=2, sharey=True)
     styles = ("-", "--", "-.", ":")
     for i, (title, at) in enumerate(result["networks"].items()):
         for ax, key in zip(axes, ("state", "gradient"), strict=True):
@@ -117,62 +117,53 @@ def draw_norms(result: dict[str, Any], name: str) -> None:
             # Overflow is null in a file and far outside the figure; so is zero.
             values = np.clip(np.nan_to_num(values, nan=1e30), 1e-30, 1e30)
             mean = np.exp(np.mean(np.log(values), 0))
-            ax.loglog(
-                result["steps"], mean, color=f"C{i}", ls=styles[i % 4], label=title
-            )
-    axes[0].set(title="‖h_t‖ / ‖h_0‖", xlabel="steps t", ylim=(1e-12, 1e6))
-    axes[1].set(title="‖∂L/∂h_{T-k}‖ / ‖∂L/∂h_T‖", xlabel="steps back k")
-    fig.legend(
-        *axes[0].get_legend_handles_labels(),
-        ncols=3,
-        loc="outside lower center",
-        fontsize=7,
-    )
+            style = {"color": f"C{i}", "ls": styles[i % 4], "label": title}
+            ax.loglog(result["steps"], mean, **style)
+    axes[0].set(title="norm of the state", xlabel="steps", ylim=(1e-12, 1e6))
+    axes[1].set(title="norm of the gradient", xlabel="steps back")
+    legend(fig, axes[0], ncols=3)
     save_figure(fig, name)
 
 
 def draw_memory(result: dict[str, Any], name: str) -> None:
     """Memory and time of one gradient against T."""
-    fig, axes = figure(8, 3.4, ncols=2)
-    for i, (title, row) in enumerate(result["histories"].items()):
+    fig, axes = figure(8, 3.7, ncols=2)
+    for title, row in result["histories"].items():
         if title.startswith("modulus"):
             continue  # as the linear cell, without the inverse
         steps = [int(t) for t in row]
-        style = {"marker": "o", "ms": 3, "color": f"C{i}", "label": title[8:]}
-        axes[0].loglog(steps, [at["temporary_bytes"] for at in row.values()], **style)
+        history = title.removeprefix("linear: ")
+        style = {"marker": "o", "ms": 3, "label": history, **look(history)}
+        sizes = [at["temporary_bytes"] / 1e6 for at in row.values()]
+        axes[0].loglog(steps, sizes, **style)
         axes[1].loglog(steps, [at["seconds"]["median"] for at in row.values()], **style)
-    axes[0].set(title="compiled temporary memory", ylabel="bytes", xlabel="steps T")
+    axes[0].set(title="memory of one gradient", ylabel="MB", xlabel="steps T")
     axes[1].set(title="time of one gradient", ylabel="seconds", xlabel="steps T")
-    axes[0].legend(fontsize=7)
+    legend(fig, axes[0])
     save_figure(fig, name)
 
 
 def draw_task(result: dict[str, Any], name: str) -> None:
     """Loss and accuracy on the test data against iterations."""
-    fig, axes = figure(8.5, 3.4, ncols=2)
-    for i, (network, at) in enumerate(result["networks"].items()):
+    fig, axes = figure(8.5, 3.9, ncols=2)
+    for network, at in result["networks"].items():
+        style = look(TITLES[network])
         for ax, key in zip(axes, ("loss", "accuracy"), strict=True):
             values = np.array(at[key], float)
-            style = {"color": f"C{i}", "label": TITLES[network]}
-            ax.plot(at["iterations"][1:], values.mean(0)[1:], **style)
-            ax.fill_between(
-                at["iterations"][1:],
-                values.min(0)[1:],
-                values.max(0)[1:],
-                color=f"C{i}",
-                alpha=0.15,
-            )
-    axes[0].axhline(result["memoryless"], color="k", lw=0.8, ls=":")
-    axes[0].annotate(
-        "no memory",
-        (0.02, result["memoryless"]),
-        xycoords=("axes fraction", "data"),
-        va="bottom",
-        fontsize=7,
-    )
+            steps = at["iterations"][1:]
+            ax.plot(steps, values.mean(0)[1:], label=TITLES[network], **style)
+            low, high = values.min(0)[1:], values.max(0)[1:]
+            ax.fill_between(steps, low, high, color=style["color"], alpha=0.12)
+    line_named(axes[0], result["memoryless"], "without memory")
     axes[0].set(title="test loss", yscale="log", xlabel="iterations")
     axes[1].set(title="test accuracy", xlabel="iterations")
-    axes[1].legend(fontsize=7)
-    seeds = len(result["options"]["seeds"])
-    fig.suptitle(f"{name.removeprefix('unitary-')}: mean and range over {seeds} seeds")
+    legend(fig, axes[0], ncols=3)
+    options = result["options"]
+    words = {
+        "copying": f"Copying memory, delay {options['delay']:,}",
+        "adding": f"The adding problem, length {options['length']}",
+        "digits": "Digits, pixel by pixel",
+    }
+    task = name.removeprefix("unitary-").removesuffix("-custom")
+    fig.suptitle(f"{words[task]}: mean and range over {len(options['seeds'])} seeds")
     save_figure(fig, name)

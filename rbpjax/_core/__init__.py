@@ -1,1 +1,1 @@
-"""Beneath all rooms: strategies, pytrees, sharding, step functions, convolutions."""
+"""Beneath all packages: strategies, pytrees, sharding, step functions, convolutions."""

@@ -157,7 +157,7 @@ def diagnose(
     tol: float | None = None,
     num_steps: int = 200,
 ) -> Diagnosis:
-    """Says whether the gradient at h can be had, which rule to use, and what it costs.
+    """Says whether h has a gradient, which rule to use, and what it costs.
 
     Estimates the numbers that decide (ρ(J), ‖J‖, the conditioning of I - J, the error
     of the one-step gradient), and then *tries* the rules of ``CANDIDATES`` on a random

@@ -1,4 +1,4 @@
-"""Flax nnx modules over the rooms of the library; imported on first use.
+"""Flax nnx modules over all parts of the library; imported on first use.
 
 * ``FixedPoint``: any cell as an implicit layer;
 * ``GraphCell``, on a ``Graph`` such as ``normalized_adjacency`` makes: a contraction;

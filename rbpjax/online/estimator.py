@@ -1,4 +1,4 @@
-"""The contract of the room: what an estimator is, and what it carries.
+"""The contract: what an estimator is, and what it carries.
 
 Legend: J = ∂f/∂h and F = ∂f/∂θ at the present step, δ = ∂loss/∂h at the new state,
 G = ∂h/∂θ the influence, which obeys the affine recursion
@@ -10,7 +10,7 @@ it into the gradient of the present loss,
 
     ∂loss/∂θ (direct) + δ F + δ J G.
 
-The second term, δ F, is exact in every estimator of this room.
+The second term, δ F, is exact in every estimator here.
 """
 
 from __future__ import annotations

@@ -1,9 +1,13 @@
 """The command line, and the README's tables."""
 
+import shutil
+
 import pytest
 
 from benchmarks import readme
 from benchmarks.__main__ import COMMANDS, main, parse
+from benchmarks.harness import results
+from benchmarks.harness.options import UsageError
 
 
 def test_alone_it_lists_the_experiments(capsys):
@@ -36,11 +40,35 @@ def test_what_cannot_be_read_is_said_by_tyro(arguments, says, capsys):
     assert says in capsys.readouterr().err
 
 
-def test_readme_shows_the_committed_results(monkeypatch):
-    """README's generated blocks are what the result files say."""
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.stem)
+def test_pages_show_the_committed_results(page, monkeypatch):
+    """Generated blocks of README and docs are what the result files say."""
     monkeypatch.undo()
-    text = readme.README.read_text()
+    text = page.read_text()
     assert readme.render(text) == text
+
+
+def test_every_result_is_shown_once():
+    """Each block is on one page, README has its own, and an unknown one is refused."""
+    shown = [name for page in readme.PAGES for name in readme.names(page.read_text())]
+    assert sorted(shown) == sorted(readme.BLOCKS)
+    assert readme.names(readme.PAGES[0].read_text()) == ["headlines"]
+    with pytest.raises(UsageError, match="nothing"):
+        readme.render("<!-- nothing:begin -->\n<!-- nothing:end -->")
+    with pytest.raises(UsageError, match="no end"):
+        readme.render("<!-- warm:begin -->\n")
+
+
+@pytest.mark.full
+def test_every_figure_is_drawn_from_its_result(tmp_path, monkeypatch):
+    """All that are committed, and no other."""
+    committed = readme.ROOT / "benchmarks" / "results"
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    for path in committed.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    readme.draw_all()
+    figures = lambda folder: {path.name for path in folder.glob("*.png")}
+    assert figures(tmp_path) == figures(committed)
 
 
 def test_help_exits_with_zero(capsys):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks.harness import checkpoints, results, training
+from benchmarks.harness.figures import look
 from benchmarks.harness.options import Count, OneOf, Positive, Seeds, UsageError, check
 from benchmarks.harness.progress import progress
 
@@ -160,3 +161,10 @@ def test_damage_is_one_line_that_says_what_to_delete():
         with pytest.raises(UsageError, match=r"damaged checkpoint .*: delete it") as e:
             ask()
         assert "\n" not in str(e.value)
+
+
+def test_a_method_has_one_color_wherever_it_is_drawn():
+    """The longest name that begins a title counts; what is not known is gray."""
+    assert look("Neumann-RBP")["color"] == look("Neumann(50)")["color"]
+    assert look("BPTT")["color"] == look("BPTT, remat")["color"]
+    assert look("TBPTT(16)") != look("TBPTT(1)") and look("?")["color"] == "0.6"
