@@ -65,6 +65,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_theme_options = {
     "logo": {"text": "rbpjax"},
+    "navbar_persistent": [],
     "repository_url": "https://github.com/rbpjax/rbpjax",
     "path_to_docs": "docs",
     "use_repository_button": True,
