@@ -26,21 +26,13 @@ DEFAULT = {
     ("hybrid", "adaptive", "batch", True),
     ("iteration", "direct", "both", False),
 }
-TABLE = [
-    pytest.param(
-        *row,
-        id="-".join(map(str, row)),
-        marks=() if row in DEFAULT else pytest.mark.full,
-    )
-    for row in (
-        (solver, rule, layout, check_vma)
-        for solver in SOLVERS
-        for rule in RULES
-        if rule != "callable"  # refused: see below
-        for layout in LAYOUTS
-        for check_vma in (True, False)
-    )
-]
+TABLE = sharded.table(
+    DEFAULT,
+    SOLVERS,
+    [rule for rule in RULES if rule != "callable"],  # refused: see below
+    LAYOUTS,
+    (True, False),
+)
 
 
 @pytest.mark.parametrize(("solver", "rule", "layout", "check_vma"), TABLE)

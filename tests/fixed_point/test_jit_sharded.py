@@ -27,20 +27,12 @@ DEFAULT = {
     ("anderson", "bicgstab", "fsdp", AxisType.Auto),
 }
 TABLE = [
-    pytest.param(
-        *row,
-        id="-".join(map(str, row)),
-        marks=() if row in DEFAULT else pytest.mark.full,
+    row
+    for row in sharded.table(
+        DEFAULT, SOLVERS, RULES, SHARDINGS, (AxisType.Auto, AxisType.Explicit)
     )
-    for row in (
-        (solver, rule, name, kind)
-        for solver in SOLVERS
-        for rule in RULES
-        for name in SHARDINGS
-        for kind in (AxisType.Auto, AxisType.Explicit)
-        # jax.scipy's gmres does not know explicit sharding.
-        if not (rule == "callable" and kind == AxisType.Explicit)
-    )
+    # jax.scipy's gmres does not know explicit sharding.
+    if row.values[1::2] != ("callable", AxisType.Explicit)
 ]
 
 

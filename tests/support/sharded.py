@@ -5,13 +5,15 @@ the weights over the units: no part of it can be solved alone. The layouts say w
 axes of the state are split, and write f for one part, collectives and all.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -31,6 +33,26 @@ SOLVERS = {
     "rre": RRE(tol=TOL),
     "newton": Newton(rbpjax.Adaptive(tol=1e-8), tol=TOL),
 }
+
+
+def table(default: set, solvers: Iterable, rules: Iterable, *others: Iterable) -> list:
+    """Parameters (solver, rule, …) for all combinations.
+
+    Those of ``default`` are run by default. The long form takes each pair of a solver
+    and a rule once, with the others in turn, so that each of them meets all solvers
+    and rules; the rest is marked ``product``.
+    """
+    made, turns = [], list(itertools.product(*others))
+    for (i, solver), (j, rule) in itertools.product(
+        enumerate(solvers), enumerate(rules)
+    ):
+        for k, turn in enumerate(turns):
+            row = (solver, rule, *turn)
+            covers = k == (i + j) % len(turns)
+            mark = pytest.mark.full if covers else pytest.mark.product
+            marks = () if row in default else mark
+            made.append(pytest.param(*row, id="-".join(map(str, row)), marks=marks))
+    return made
 
 
 def rule_of(name: str) -> Callable:
