@@ -52,13 +52,15 @@ def watched() -> int:
     )
     signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     assert child.stderr is not None
-    fatal = ""
+    fatal, said = "", False
     for line in child.stderr:
-        if re.match(r"[F]\d{4} ", line):
+        # JAX's own words on the same thing, with a stack trace behind them.
+        if re.match(r"F\d{4} ", line):
             fatal = fatal or line.partition("] ")[2].strip()
-        elif not fatal:
+        elif not fatal and not re.match(r"E\d{4} .* coordination_service", line):
+            said = said or "a peer is gone" in line
             sys.stderr.write(line)
-    if child.wait() == -signal.SIGABRT and fatal:
+    if child.wait() in (-signal.SIGABRT, GONE) and fatal and not said:
         _end(fatal[:160], GONE)
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
 

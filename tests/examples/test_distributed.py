@@ -83,6 +83,33 @@ def losses(folder):
     return [float.fromhex(x) for x in found]
 
 
+ABORTED = """
+import os, sys
+from examples.distributed import peers
+if peers.CHILD not in os.environ:
+    sys.exit(peers.watched())
+print("E1127 01:19 6254 coordination_service_agent.cc:289] Polled", file=sys.stderr)
+print("F1127 01:19 6254 client.h:80] Terminating process", file=sys.stderr)
+print("    @  0x7fe7bd6f0321  a stack trace", file=sys.stderr, flush=True)
+{end}
+"""
+
+
+@pytest.mark.parametrize("end", ["os.abort()", "peers._end('a reason', 75)"])
+def test_an_abort_of_jax_becomes_one_line(tmp_path, end):
+    """Whichever of JAX's threads is first."""
+    script = tmp_path / "aborted.py"
+    script.write_text(ABORTED.replace("{end}", end))
+    run = subprocess.run(
+        [sys.executable, str(script), "--process", "3"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    line = "process 3: a peer is gone (Terminating process); start all again\n"
+    assert (run.returncode, run.stderr) == (75, line)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run on one process with two devices that nobody disturbed."""
