@@ -9,16 +9,65 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
+import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 
 from benchmarks.harness.options import UsageError
 
 GONE = 75
-_number = ["0"]  # of this process, also where JAX cannot say it any more
+
+
+CHILD = "RBPJAX_DISTRIBUTED_CHILD"
+
+
+def run(options: argparse.Namespace, work: Callable) -> None:
+    """Connects and works; ends in one line where it cannot go on."""
+    if several(options) and CHILD not in os.environ:
+        sys.exit(watched())
+    if CHILD in os.environ:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    with one_line(options):
+        connect(options)
+        work(options)
+
+
+def watched() -> int:
+    """The same command in a child of this process; its exit code.
+
+    Where the process that coordinates is gone, JAX aborts the others from a thread of
+    its own, with a stack trace. Here it becomes our one line.
+    """
+    child = subprocess.Popen(
+        [sys.executable, *sys.orig_argv[1:]],
+        env=os.environ | {CHILD: "1"},
+        stdin=subprocess.PIPE,  # closed when this process ends, even by kill -9
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    assert child.stderr is not None
+    fatal, said = "", False
+    for line in child.stderr:
+        # JAX's own words on the same thing, with a stack trace behind them.
+        if re.match(r"F\d{4} ", line):
+            fatal = fatal or line.partition("] ")[2].strip()
+        elif not fatal and not re.match(r"E\d{4} .* coordination_service", line):
+            said = said or "a peer is gone" in line
+            sys.stderr.write(line)
+    if child.wait() in (-signal.SIGABRT, GONE) and fatal and not said:
+        _end(fatal[:160], GONE)
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(GONE)
 
 
 def several(options: argparse.Namespace) -> bool:
@@ -28,8 +77,7 @@ def several(options: argparse.Namespace) -> bool:
 
 def connect(options: argparse.Namespace) -> None:
     """Joins the other processes, by hand, or as SLURM says; alone there are none."""
-    # We notice sooner, and say so in one line; JAX's own end is a stack trace.
-    _number[0] = os.environ.get("SLURM_PROCID", str(options.process))
+    # We notice sooner than JAX, and say what it is.
     patience = round(options.patience)
     limits = {
         "initialization_timeout": 2 * patience,
@@ -79,6 +127,13 @@ def one_line(options: argparse.Namespace) -> Iterator[None]:
 
 def _end(reason: str, code: int) -> None:
     if code == GONE:
-        reason = f"process {_number[0]}: a peer is gone ({reason}); start all again"
+        reason = f"process {_number()}: a peer is gone ({reason}); start all again"
     print(reason, file=sys.stderr, flush=True)
     os._exit(code)
+
+
+def _number() -> str:
+    """Of this process, also where JAX cannot say it any more."""
+    names = ("SLURM_PROCID", "PROCESS_ID", "JOB_COMPLETION_INDEX")
+    given = re.search(r"--process[ =](\d+)", " ".join(sys.argv))
+    return given[1] if given else next(filter(None, map(os.environ.get, names)), "0")

@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 from benchmarks.data.images import digits, mnist
 from benchmarks.harness.options import require
 from examples.distributed.checkpoints import Checkpoints
-from examples.distributed.peers import connect, deadline, one_line
+from examples.distributed.peers import deadline, run
 from rbpjax.nn import FixedPoint
 
 
@@ -165,7 +165,9 @@ def train(options: argparse.Namespace) -> None:
     rows = batches(examples, options, first)
     spread = NamedSharding(mesh, P("data"))
     for step in range(first, options.steps):
-        with deadline(options.patience, f"step {step}"):
+        # The first one waits for the compiler of the slowest peer, too.
+        patience = options.patience * (10 if step == first else 1)
+        with deadline(patience, f"step {step}"):
             batch = next(rows)
             parts = [jax.make_array_from_process_local_data(spread, x) for x in batch]
             state = update(state, jnp.int32(step), *parts)
@@ -182,10 +184,7 @@ def train(options: argparse.Namespace) -> None:
 
 def main(given: list[str] | None = None) -> None:
     """One line on standard error where it cannot go on; then restart it."""
-    options = arguments(given)
-    with one_line(options):
-        connect(options)
-        train(options)
+    run(arguments(given), train)
 
 
 if __name__ == "__main__":
