@@ -138,6 +138,15 @@ CHECKS = 1024
 """Times at which states are compared, at most; as many numbers a leaf are kept."""
 
 
+def spacing(total: int) -> int:
+    """Steps from one such time to the next.
+
+    A power of two from two on: by other numbers the compiler divides in other ways, and
+    the memory would depend on ``total`` by some bytes.
+    """
+    return max(2, 1 << (-(-total // CHECKS) - 1).bit_length())
+
+
 def fingerprint(h: PyTree) -> jax.Array:
     """A random sum of the entries of each leaf: an error adds about its norm to it.
 
@@ -184,7 +193,7 @@ def by_inverse(
 
     ``back(slice, h_{t+1})`` is h_t.
     """
-    every = -(-total // CHECKS)
+    every = spacing(total)
 
     def seek(t: jax.Array, slice_: PyTree, state: Anchored) -> tuple[PyTree, Anchored]:
         drift = state.drift

@@ -30,6 +30,7 @@ from rbpjax.unitary.history import (
     by_inverse,
     by_replay,
     fingerprint,
+    spacing,
 )
 
 
@@ -217,7 +218,7 @@ def _scan_fwd(
     times = lambda count, x: jnp.broadcast_to(x, (count, *x.shape))
     anchors = jax.tree.map(lambda h: times(run.anchors, h), h0)
     kept = Kept(anchors, times(CHECKS, fingerprint(h0)))
-    every = -(-run.total // CHECKS)
+    every = spacing(run.total)
 
     def keep(t: jax.Array, stride: int, kept: PyTree, now: PyTree) -> PyTree:
         """With what there is at time t, if that is a multiple of the stride."""
