@@ -125,8 +125,9 @@ def error_bound(
     finite = jnp.isfinite(tree.max_abs(z)) & jnp.isfinite(_largest(gradient))
     settled = (found.status == Status.CONVERGED) | (found.status == Status.ROUNDING)
     known = (total < 0.5) & (away < FAR) & finite & settled  # False for NaN
-    nothing = backward(g) == 0
-    known &= backward(z) > 0
+    # Beside a z that overflows, nearly, g may vanish: then nothing is known.
+    nothing = tree.max_abs(g) == 0
+    known &= (backward(z) > 0) & (backward(g) > 0)
     known_or_none = jnp.where(known, total / (1 - jnp.where(known, total, 0)), jnp.inf)
     return Bound(
         jnp.where(nothing & finite, 0, known_or_none),

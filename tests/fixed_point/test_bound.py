@@ -138,6 +138,22 @@ def hidden(gap):
     return jnp.asarray(w), jnp.asarray(x), jnp.asarray(off), jnp.asarray(weights)
 
 
+def test_a_cotangent_that_vanishes_beside_the_adjoint_is_not_nothing():
+    """An adjoint near the largest float: g / ‖z‖ underflows, and nothing is known."""
+
+    def runaway(vjp, cotangent):
+        z = jax.tree.map(lambda g: g * jnp.float32(1e37), cotangent)
+        return rbpjax.Solution(z, converged=False)
+
+    f = lambda a, x, h: a * h + x
+    solve = rbpjax.rbp_solve(f, backward=runaway)
+    x = jnp.ones(3, jnp.float32)
+    loss = lambda a, probe: jnp.sum(solve(a, x, 0 * x, probe).value) * jnp.float32(1e-2)
+    a = jnp.float32(0.5)
+    report = rbpjax.value_and_grad_with_report(loss)(a)[2]
+    assert report.bound == jnp.inf and report.converged == 0
+
+
 def test_verify_follows_what_an_estimate_without_solves_cannot_see():
     """A state off by 1e-3 in a direction of 1e-6: 1e-9 in a residual of 1e-7."""
     w, x, off, weights = hidden(1e-6)
