@@ -145,10 +145,11 @@ def test_a_cotangent_that_vanishes_beside_the_adjoint_is_not_nothing():
         z = jax.tree.map(lambda g: g * jnp.float32(1e37), cotangent)
         return rbpjax.Solution(z, converged=False)
 
-    f = lambda a, x, h: a * h + x
+    f = lambda a, x, h: (a * h[0] + x, a * h[1] + h[0])
     solve = rbpjax.rbp_solve(f, backward=runaway)
     x = jnp.ones(3, jnp.float32)
-    loss = lambda a, probe: jnp.sum(solve(a, x, 0 * x, probe).value) * jnp.float32(1e-2)
+    total = lambda h: jnp.sum(h[0] + h[1]) * jnp.float32(1e-2)
+    loss = lambda a, probe: total(solve(a, x, (0 * x, 0 * x), probe).value)
     a = jnp.float32(0.5)
     report = rbpjax.value_and_grad_with_report(loss)(a)[2]
     assert report.bound == jnp.inf and report.converged == 0
