@@ -76,7 +76,7 @@ def perturbed(rule: Any) -> tuple[Callable, tuple]:
 
 def unitary(inverse: bool) -> tuple[Callable, tuple]:
     """The gradient through a long sequence of a unitary network."""
-    cell = UnitaryCell(lattice=(256,), activation=activation.modulus)
+    cell = UnitaryCell(lattice=(256,), activation=activation.identity)
     weights = cell.init(jax.random.key(0), radius=2, inputs=2)
     xs = 0.1 * draw(jax.random.key(1), (1000, 2))
     kind = (
