@@ -24,6 +24,8 @@ GONE = 75
 
 
 CHILD = "RBPJAX_DISTRIBUTED_CHILD"
+JAXS_OWN = r" (coordination_service|preemption_sync|client|service)\w*\.\w+:\d+\]"
+"""Where JAX says, on the standard error of a process, that another one is gone."""
 
 
 def run(options: argparse.Namespace, work: Callable) -> None:
@@ -52,12 +54,16 @@ def watched() -> int:
     )
     signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     assert child.stderr is not None
-    fatal, said = "", False
+    fatal, said, skipped = "", False, False
     for line in child.stderr:
-        # JAX's own words on the same thing, with a stack trace behind them.
-        if re.match(r"F\d{4} ", line):
-            fatal = fatal or line.partition("] ")[2].strip()
-        elif not fatal and not re.match(r"E\d{4} .* coordination_service", line):
+        # JAX's own words on the same thing, some with more lines or a stack trace.
+        if re.match(r"[IWEF]\d{4} ", line):
+            skipped = bool(fatal) or bool(re.search(JAXS_OWN, line))
+            if line[0] == "F":
+                fatal, skipped = fatal or line.partition("] ")[2].strip(), True
+        elif re.match(r"process \d+: |error: ", line):
+            skipped = bool(fatal)
+        if not skipped:
             said = said or "a peer is gone" in line
             sys.stderr.write(line)
     if child.wait() in (-signal.SIGABRT, GONE) and fatal and not said:
