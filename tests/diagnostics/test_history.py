@@ -47,6 +47,7 @@ def test_of_an_affine_map_they_are_powers():
     assert history.budgets.tolist() == list(budgets)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("forward", "backward"),
     [

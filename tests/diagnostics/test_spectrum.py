@@ -77,6 +77,7 @@ def test_ritz_values_see_what_growth_has_not_reached():
     assert jnp.abs(both / 0.98 - 1) < 2e-4
 
 
+@pytest.mark.full
 def test_ritz_values_of_a_shift_are_not_believed():
     """J far from normal: ρ = 0.3, ‖J‖ near 1.3, Ritz values in between."""
     w = 0.3 * jnp.eye(40) + jnp.eye(40, k=1)

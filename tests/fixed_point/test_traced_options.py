@@ -59,7 +59,7 @@ def ran(slot, strategy, w):
     return value, grad, products, report_of(w)[2].num_products
 
 
-SHORT = ("FixedPointIteration.steps", "CGNormal.tol")
+SHORT = ("CGNormal.tol",)
 PAIRS = [
     pytest.param(
         strategy,

@@ -150,6 +150,7 @@ def test_each_example_is_solved_by_itself(axis):
     assert solution.num_steps[0] < solution.num_steps[1] < solution.num_steps[3]
 
 
+@pytest.mark.full
 def test_a_bad_example_spoils_no_other():
     """NaN in one, no rest in another: the others are as without them.
 
