@@ -45,6 +45,7 @@ def test_maps_of_maps_are_row_by_row():
     np.testing.assert_array_equal(mapped, np.array(each))
 
 
+@pytest.mark.full
 def test_derivatives():
     """First and second, both modes; 0 at 0, where that of a root is infinite."""
     x = jnp.array([3.0, 4.0])

@@ -104,6 +104,7 @@ def test_conversion_keeps_what_is_no_array_of_the_examples():
     assert only_arrays({"f": jnp.sin, "w": 2.0}) == {"f": None, "w": 2.0}
 
 
+@pytest.mark.full
 def test_a_closure_is_read_at_each_call():
     """Outside jit, numbers, arrays, functions and the reading of them may change."""
     box = {"scale": 0.5, "shift": jnp.zeros(2), "act": jnp.tanh}

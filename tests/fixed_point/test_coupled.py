@@ -21,10 +21,9 @@ from tests.support.sharded import (
 
 vma = pytest.mark.parametrize("check_vma", rows([True, False], [True]))
 
-# By default the defaults, and what gathers a matrix over two axes.
+# By default the defaults.
 DEFAULT = {
     ("hybrid", "adaptive", "batch", True),
-    ("iteration", "direct", "both", False),
 }
 TABLE = sharded.table(
     DEFAULT,

@@ -62,6 +62,7 @@ def test_nothing_that_the_state_does_not_reach_is_in_a_loop(wrap):
     assert not any("[4,3]" in arguments for _, arguments in dots)
 
 
+@pytest.mark.full
 def test_gradients_are_those_of_the_unrolled_step():
     params, inputs, h0 = problem()
     solve = rbpjax.rbp_solve(
@@ -113,6 +114,7 @@ def test_an_output_that_h_does_not_reach():
     np.testing.assert_allclose(grad, 2 * jnp.cos(w) * x, rtol=1e-12)
 
 
+@pytest.mark.full
 def test_one_function_called_twice_keeps_its_variables_apart():
     """h = 0.1 h s(w) + s(x) + s(s(w)), s called four times: in closed form."""
     inner = jax.jit(lambda a: jnp.sin(a))

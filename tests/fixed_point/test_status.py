@@ -221,6 +221,7 @@ def test_reports_carry_what_a_rule_says():
 # --- starts --------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_a_third_parameter_never_receives_the_start():
     """Whatever it is called: only a keyword ``start`` does."""
     seen = []

@@ -2,6 +2,7 @@
 
 import chex
 import jax.numpy as jnp
+import pytest
 
 from rbpjax import online
 from tests.support.online import (
@@ -15,6 +16,7 @@ from tests.support.online import (
 TIGHT = dict(rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.full
 def test_wrong_row_norms_cost_variance_not_bias():
     """Any positive row norms keep the mean; the true ones match the default."""
     system = vanilla(n=2, steps=3)

@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from rbpjax import online
 from tests.support.online import (
@@ -17,6 +18,7 @@ from tests.support.online import (
 )
 
 
+@pytest.mark.full
 def test_sampled_mean_is_within_its_standard_error():
     """5 standard errors at 1500 runs, which resolve 6 % of the gradient."""
     system = vanilla(n=3, steps=6)

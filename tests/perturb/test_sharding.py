@@ -36,6 +36,7 @@ def estimate(rule):
     return perturb.recurrent_value_and_grad(CELL, loss, rule)
 
 
+@pytest.mark.full
 @vma
 @pytest.mark.parametrize("chunk", rows([None, 2], [2]))
 @pytest.mark.parametrize("name", rows(RULES.keys(), ["node"]))

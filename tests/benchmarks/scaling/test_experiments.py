@@ -12,6 +12,7 @@ from benchmarks.scaling import experiment, kills
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+@pytest.mark.full
 def test_a_process_that_hangs_is_counted_and_ended():
     sleep = [
         sys.executable,

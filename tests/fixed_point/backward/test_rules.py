@@ -246,6 +246,7 @@ def test_gmres_ends_with_the_number_of_distinct_eigenvalues():
     assert_close(solution.value, jnp.asarray(dense(jac, g)), 1e-12)
 
 
+@pytest.mark.full
 def test_gmres_residual_never_increases(random):
     """Over one Krylov space the residual falls with each further step."""
     jac = random.normal(size=(30, 30)) / 30**0.5
@@ -281,6 +282,7 @@ def test_default_of_the_transform_is_adaptive():
     assert_close(got, jnp.asarray(want), 1e-9)
 
 
+@pytest.mark.full
 def test_vmapped_krylov_solves_are_those_of_each_example(random):
     """Under vmap each example has its own coefficients, count and verdict."""
     jacs = jnp.asarray(random.normal(size=(4, 12, 12)) / 12**0.5)

@@ -82,6 +82,7 @@ NOWHERE = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("solver", [Hybrid(), Anderson(), Newton()], ids=repr)
 @pytest.mark.parametrize("name", NOWHERE)
 def test_maps_without_a_fixed_point_never_converge(name, solver):
