@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import rbpjax
 from benchmarks.citation import experiment as citation
 from benchmarks.citation import figures as citation_figures
 from benchmarks.comparison import families, modes, warm
@@ -49,14 +50,16 @@ def headlines() -> str:
     return "\n".join(
         [
             "- **Memory** does not grow with the number of steps: at 5,000 steps BPTT "
-            f"needs {one:,.0f} times as much for one example of 256 units, and "
+            f"needs {one:,.0f} times as much as `Neumann` for one example of 256 "
+            "units, and "
             f"{many:,.0f} times as much for {list(last)[-1]} examples "
             "([page](docs/results/rules.md)).",
             "- **Time** at an equal gradient error of 1e-3, over "
             f"{best['problems']} problems, relative to the fastest other JAX or "
             f"PyTorch library: our fastest rule is {best['median']:.2f} times as fast, "
-            f"our default {default['median']:.2f} times as fast, so slower. Against "
-            f"jaxopt's own default ours is {times} times as fast "
+            "our default rule, after plain iteration, "
+            f"{default['median']:.2f} times as fast, so slower. Against jaxopt's own "
+            f"default it is {times} times as fast "
             "([page](docs/results/rules.md)).",
             "- **Accuracy** is that of BPTT where the state settles: "
             f"{accuracy['adaptive']} against {accuracy['bptt']} on Cora (10 seeds), in "
@@ -330,11 +333,15 @@ def warm_table() -> str:
 
 
 def _where(result: dict[str, Any]) -> str:
-    """Where a result was measured."""
+    """Where a result was measured, and whether an earlier version was."""
     where = result["environment"]
+    version = where["packages"]["rbpjax"]
+    earlier = version != rbpjax.__version__
     return (
         f"JAX {where['packages']['jax']}, {where['device']}, {where['cores']} cores, "
         f"{where['date']}."
+        + f" Measured with version {version}, not with this one."
+        * earlier
     )
 
 

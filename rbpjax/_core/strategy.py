@@ -183,10 +183,10 @@ def filled(rest: PyTree, numbers: list) -> PyTree:
 
 
 def _flatten(self: Any) -> tuple[tuple, tuple]:
-    """Arrays and strategies as children; the names of all fields, and other values."""
+    """Arrays and other pytrees as children; the names of all fields, and the rest."""
     names = [field.name for field in dataclasses.fields(self)]
     values = [getattr(self, name) for name in names]
-    child = [_is_array(v) or isinstance(v, Hole) or _is_strategy(v) for v in values]
+    child = [_is_array(v) or isinstance(v, Hole) or _is_node(v) for v in values]
     children = tuple(v for v, one in zip(values, child, strict=True) if one)
     static = tuple(
         (name, None if one else v, one)
@@ -269,8 +269,9 @@ def _is_array(value: object) -> bool:
     return isinstance(value, jax.Array | np.ndarray | np.generic)
 
 
-def _is_strategy(value: object) -> bool:
-    return getattr(type(value), "__repr__", None) is _as_written
+def _is_node(value: object) -> bool:
+    """Whether it is a pytree that may have leaves, such as a strategy."""
+    return value is not None and not jax.tree_util.all_leaves([value])
 
 
 def _is_scalar(value: Any, kind: Any, check: Check) -> bool:

@@ -17,6 +17,8 @@ from rbpjax._core import tree
 from rbpjax._core.convolution import channels_last
 from rbpjax._core.step import check_like, close
 from rbpjax.fixed_point.backward.adaptive import Adaptive
+from rbpjax.fixed_point.backward.rule import apply_rule
+from rbpjax.fixed_point.contract import apply_solver
 from rbpjax.fixed_point.forward.hybrid import Hybrid
 from rbpjax.types import BackwardRule, ForwardSolver, PyTree, Solution, StepFn
 
@@ -109,9 +111,9 @@ def residual_history(
 
     def search(end: jax.Array) -> tuple[jax.Array, jax.Array]:
         solver = _within(forward, "forward", end)
-        return measured(solver(channels_last(once, h0), h0))
+        return measured(apply_solver(solver, channels_last(once, h0), h0))
 
-    h = forward(channels_last(once, h0), h0).value
+    h = apply_solver(forward, channels_last(once, h0), h0).value
     if cotangent is None:
         cotangent = tree.random_unit(jax.random.key(0), h)
     check_like(cotangent, h, "`cotangent`", "`h0`")
@@ -119,8 +121,7 @@ def residual_history(
 
     def adjoint(end: jax.Array) -> tuple[jax.Array, jax.Array]:
         rule = _within(backward, "backward", end)
-        apply = channels_last(lambda v: vjp(v)[0], cotangent)
-        return measured(rule(apply, cotangent))
+        return measured(apply_rule(rule, lambda v: vjp(v)[0], cotangent))
 
     return History(ends, *lax.map(search, ends), *lax.map(adjoint, ends))
 

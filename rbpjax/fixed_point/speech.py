@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from rbpjax._core import tree
-from rbpjax.fixed_point.backward.rule import takes_start
+from rbpjax._core.strategy import function, option, strategy
+from rbpjax.fixed_point.backward.rule import apply_rule
 from rbpjax.fixed_point.iterate import relative_change
 from rbpjax.types import BackwardRule, LinearMap, PyTree, Solution, Status
 
@@ -77,47 +78,6 @@ def _summary(status: jax.Array, residual: jax.Array, num_steps: jax.Array) -> st
     return f"{words} (residual {float(residual):.2g} after {int(num_steps)} steps)"
 
 
-def speaking(
-    rule: BackwardRule, on_failure: OnFailure, line: Line | None = None
-) -> BackwardRule:
-    """The rule, with a word on how it goes and ends."""
-    if on_failure == "ignore" and line is None:
-        return rule
-    run = with_start if takes_start(rule) else without_start
-    # A pytree: the numbers of the rule stay its leaves.
-    # pyrefly: ignore[bad-return]  # a rule may do without `start`
-    return jax.tree_util.Partial(partial(run, on_failure, line), rule)
-
-
-def with_start(
-    on_failure: OnFailure,
-    line: Line | None,
-    rule: BackwardRule,
-    vjp: LinearMap,
-    cotangent: PyTree,
-    *,
-    start: PyTree | None = None,
-) -> Solution:
-    """What the rule finds, with a word on how it goes and ends."""
-    options = {} if start is None else {"start": start}
-    solution = rule(noted(vjp, line), cotangent, **options)
-    if line is not None:
-        line.ended(solution)
-    truncated = getattr(rule, "steps", None) is not None
-    return heard(solution, on_failure, "backward", truncated=truncated)
-
-
-def without_start(
-    on_failure: OnFailure,
-    line: Line | None,
-    rule: BackwardRule,
-    vjp: LinearMap,
-    cotangent: PyTree,
-) -> Solution:
-    """The same of a rule that takes no start."""
-    return with_start(on_failure, line, rule, vjp, cotangent)
-
-
 class Line:
     """A line of the terminal, or of a notebook's cell, that says how a solve goes.
 
@@ -174,3 +134,40 @@ def watched(step: Callable[[PyTree], PyTree], line: Line | None) -> Callable:
         return image
 
     return said
+
+
+@strategy
+class Spoken:
+    """A rule with a word on how it goes and ends.
+
+    Attributes:
+      rule: it; a start is handed on, and refused where the rule takes none.
+      on_failure: what happens where it does not converge.
+      line: that shows its products, or None.
+    """
+
+    rule: BackwardRule = function(meaning="a backward rule", kw_only=False)
+    on_failure: OnFailure = option(check=CHOICES.__contains__, meaning=str(CHOICES))
+    line: Line | None = option(
+        default=None, check=lambda x: isinstance(x, Line), meaning="a Line, or None"
+    )
+
+    def __call__(
+        self, vjp: LinearMap, cotangent: PyTree, *, start: PyTree | None = None
+    ) -> Solution:
+        """Solves (I - Jᵀ) z = g."""
+        rule, line = self.rule, self.line
+        solution = apply_rule(rule, noted(vjp, line), cotangent, start)
+        if line is not None:
+            line.ended(solution)
+        truncated = getattr(rule, "steps", None) is not None
+        return heard(solution, self.on_failure, "backward", truncated=truncated)
+
+
+def speaking(
+    rule: BackwardRule, on_failure: OnFailure, line: Line | None = None
+) -> BackwardRule:
+    """The rule, with a word on how it goes and ends."""
+    if on_failure == "ignore" and line is None:
+        return rule
+    return Spoken(rule, on_failure=on_failure, line=line)

@@ -80,6 +80,32 @@ def test_a_rule_of_a_users_own_is_refused(check_vma):
     assert_close(grad()[:2], dense(), 1e-11)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_word_on_failures_is_no_rule_of_a_users_own(check_vma):
+    """With ``on_failure`` the same gradient; and what is refused stays so."""
+    w, x, _ = sharded.data()
+
+    def gradient(layout, w, x, rule=rbpjax.Adaptive(tol=1e-14)):
+        solve = rbpjax.rbp_solve(
+            layout.step, forward=SOLVERS["hybrid"], backward=rule, on_failure="nan"
+        )
+        total = lambda w: jnp.sum(jnp.sin(solve(w, x, 0 * x).value))
+        return (
+            lax.psum(jax.grad(total)(w), "a") if not check_vma else jax.grad(total)(w)
+        )
+
+    def whole(w):
+        solve = rbpjax.rbp_solve(sharded.whole_step, forward=SOLVERS["hybrid"])
+        return jnp.sum(jnp.sin(solve(w, x, 0 * x).value))
+
+    got = parts("batch", check_vma, gradient)(w, x)
+    np.testing.assert_allclose(got, jax.grad(whole)(w), rtol=1e-9)
+    own = lambda vjp, cotangent: rbpjax.Solution(cotangent, converged=True)
+    with pytest.raises(ValueError, match=r"backward=rbpjax.Adaptive\(\)"):
+        parts("batch", check_vma, lambda *args: gradient(*args, rule=own))(w, x)
+
+
 def test_a_solver_of_a_users_own_is_refused():
     def own(step, h0):
         found = lax.fori_loop(0, 100, lambda _, h: step(h), h0)
