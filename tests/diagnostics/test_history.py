@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rbpjax import (
+    GMRES,
     RBP,
     Adaptive,
     Anderson,
@@ -45,6 +46,16 @@ def test_of_an_affine_map_they_are_powers():
         want = np.linalg.norm(image - h) / size
         np.testing.assert_allclose(history.forward_residual[i], want, rtol=1e-9)
     assert history.budgets.tolist() == list(budgets)
+
+
+def test_the_least_residual_of_one_product():
+    """GMRES after one step: min over a of ‖g - a (I - Jᵀ) g‖. Powers know no sign."""
+    g = jnp.array([0.6, 0.8])
+    history = residual_history(f, W, X, H, budgets=(1,), backward=GMRES(), cotangent=g)
+    image = g - W.T @ g
+    cosine = (image @ g) / jnp.linalg.norm(image)
+    want = jnp.sqrt(1 - cosine**2)
+    np.testing.assert_allclose(history.backward_residual[0], want, rtol=1e-9)
 
 
 @pytest.mark.full
