@@ -183,7 +183,7 @@ def filled(rest: PyTree, numbers: list) -> PyTree:
 
 
 def _flatten(self: Any) -> tuple[tuple, tuple]:
-    """Arrays and other pytrees as children; the names of all fields, and the rest."""
+    """Arrays and callable pytrees as children; names of all fields, and the rest."""
     names = [field.name for field in dataclasses.fields(self)]
     values = [getattr(self, name) for name in names]
     child = [_is_array(v) or isinstance(v, Hole) or _is_node(v) for v in values]
@@ -270,8 +270,11 @@ def _is_array(value: object) -> bool:
 
 
 def _is_node(value: object) -> bool:
-    """Whether it is a pytree that may have leaves, such as a strategy."""
-    return value is not None and not jax.tree_util.all_leaves([value])
+    """Whether it is a method that may have leaves, such as a strategy.
+
+    A tuple of sizes is a pytree, too, but an option.
+    """
+    return callable(value) and not jax.tree_util.all_leaves([value])
 
 
 def _is_scalar(value: Any, kind: Any, check: Check) -> bool:
