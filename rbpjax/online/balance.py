@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rbpjax._core.norm import careful, log_slope, norm, rowwise, squares, within
+from rbpjax._core.norm import agreed, careful, log_slope, norm, squares, within
 from rbpjax.types import PyTree
 
 SHARE = 2.0**-10
@@ -46,7 +46,32 @@ def balance(v: Factors, w: Factors) -> Scales:
     factor only adds variance: it is made small beside the largest term. It is not left
     out, because a run may be differentiated, and the zero may have a derivative.
     """
-    return _rows(0)((v, w))
+    sums = [squares(tree) for side in (v, w) for tree in side.vectors]
+    dtype = jnp.result_type(*sums)
+    count, structure = len(v.vectors), jax.tree.structure(v.norms)
+    roots_of = lambda norms: [jnp.sqrt(n.astype(dtype)) for n in jax.tree.leaves(norms)]
+
+    def with_zeros(roots: list[jax.Array]) -> Scales:
+        """From the roots of the norms of all vectors."""
+        v_roots = roots[:count] + roots_of(v.norms)
+        w_roots = roots[count:] + roots_of(w.norms)
+        rho = scales(v_roots, w_roots)
+        return Scales(tuple(rho[:count]), structure.unflatten(rho[count:]))
+
+    def quick() -> Scales:
+        ratio = lambda a, b: jnp.sqrt(b.astype(dtype) / a.astype(dtype))
+        roots = list(map(jnp.sqrt, sums))
+        vectors = tuple(map(ratio, roots[:count], roots[count:]))
+        return Scales(vectors, jax.tree.map(ratio, v.norms, w.norms))
+
+    def slow() -> Scales:
+        some = lambda: with_zeros([jnp.sqrt(jnp.sqrt(s)) for s in sums])
+        every = lambda: with_zeros([jnp.sqrt(careful(t)) for t in trees])
+        return lax.cond(fine, some, every) if jax.tree.leaves(v.norms) else every()
+
+    trees, fine = (*v.vectors, *w.vectors), agreed(within(*sums))
+    known = [jnp.all(n > 0) for n in jax.tree.leaves((v.norms, w.norms))]
+    return lax.cond(reduce(jnp.logical_and, map(agreed, known), fine), quick, slow)
 
 
 @balance.defjvp
@@ -62,54 +87,16 @@ def _balance_jvp(primals: tuple, tangents: tuple) -> tuple[Scales, Scales]:
     return rho, jax.tree.map(lambda r, v, w: r * (w - v) / 2, rho, *slopes)
 
 
-def _balance(lead: int, sides: tuple[Factors, Factors]) -> Scales:
-    """The scales over all axes but the first ``lead``."""
-    v, w = sides
-    sums = [squares(lead, tree) for side in sides for tree in side.vectors]
-    dtype = jnp.result_type(*sums)
-    count, structure = len(v.vectors), jax.tree.structure(v.norms)
-    roots_of = lambda norms: [jnp.sqrt(n.astype(dtype)) for n in jax.tree.leaves(norms)]
-
-    def with_zeros(roots: list[jax.Array]) -> Scales:
-        """From the roots of the norms of all vectors."""
-        v_roots = roots[:count] + roots_of(v.norms)
-        w_roots = roots[count:] + roots_of(w.norms)
-        rho = scales(v_roots, w_roots, lead)
-        return Scales(tuple(rho[:count]), structure.unflatten(rho[count:]))
-
-    def quick() -> Scales:
-        ratio = lambda a, b: jnp.sqrt(b.astype(dtype) / a.astype(dtype))
-        roots = list(map(jnp.sqrt, sums))
-        vectors = tuple(map(ratio, roots[:count], roots[count:]))
-        return Scales(vectors, jax.tree.map(ratio, v.norms, w.norms))
-
-    def slow() -> Scales:
-        some = lambda: with_zeros([jnp.sqrt(jnp.sqrt(s)) for s in sums])
-        every = lambda: with_zeros([jnp.sqrt(careful(lead, t)) for t in trees])
-        return lax.cond(fine, some, every) if jax.tree.leaves(v.norms) else every()
-
-    trees, fine = (*v.vectors, *w.vectors), within(*sums)
-    known = [jnp.all(n > 0) for n in jax.tree.leaves((v.norms, w.norms))]
-    return lax.cond(reduce(jnp.logical_and, known, fine), quick, slow)
-
-
-_rows = rowwise(_balance)
-
-
-def scales(
-    v_roots: list[jax.Array], w_roots: list[jax.Array], lead: int = 0
-) -> list[jax.Array]:
+def scales(v_roots: list[jax.Array], w_roots: list[jax.Array]) -> list[jax.Array]:
     """ρ of all terms from the roots of their norms, of which some may be zero."""
     most: Any = 0
     for a, b in zip(v_roots, w_roots, strict=True):
-        over = tuple(range(lead, a.ndim))
-        most = jnp.maximum(most, jnp.max(a * b, over, initial=0) if over else a * b)
+        most = jnp.maximum(most, jnp.max(a * b, initial=0))
     most = lax.stop_gradient(most)
-    small = SHARE * jnp.where(most > 0, most, 1)
+    least = SHARE * jnp.where(most > 0, most, 1)
 
     def scale(v: jax.Array, w: jax.Array) -> jax.Array:
         no_v, no_w = v == 0, w == 0  # not `> 0`, which would hide a nan
-        least = jnp.expand_dims(small, tuple(range(lead, v.ndim)))
         divisor = jnp.where(no_v, 1, v)
         alone = jnp.where(no_w, least / divisor**2, w**2 / least)
         alone = jnp.where(no_v & no_w, 1, alone)

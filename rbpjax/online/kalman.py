@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from rbpjax._core.norm import plain
 from rbpjax._core.step import floats
 from rbpjax.online.estimator import (
     Carry,
@@ -31,7 +30,7 @@ from rbpjax.online.metric import (
     newest_share,
     whitening,
 )
-from rbpjax.online.nobacktrack import Norms, reduce_units
+from rbpjax.online.nobacktrack import Measure, reduce_units
 from rbpjax.online.rank_one import state_signs, zero_pair
 from rbpjax.types import PyTree, StepFn
 
@@ -153,13 +152,8 @@ def kalman_nobacktrack(
         )
 
         white = whitening(rows, learnt.metric, damping)
-        norms = Norms(
-            state=lambda v: optax.tree.mul(v, units),
-            params=white,
-            row=lambda row: plain(white(row)),
-            units=units,
-        )
-        influence, grads = reduce_units(here, carry.influence, noise, norms, None)
+        measure = Measure(lambda v: optax.tree.mul(v, units), white, units)
+        influence, grads = reduce_units(here, carry.influence, noise, measure, None)
 
         new = learn(decay, rows, learnt, grads)
         used = new if include_current else learnt

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from rbpjax._core.norm import norm
+from rbpjax._core.norm import norms
 from rbpjax._core.sharding import vary_like
 from rbpjax._core.tree import axpy
 from rbpjax.online.balance import Factors, balance
@@ -104,34 +104,32 @@ def nobacktrack(
         here = observe(f, loss, params, carry.h, x, y)
         known = None if row_norms is None else row_norms(params, x, carry.h)
         same = lambda tree: tree
-        norms = Norms(same, same, norm, optax.tree.ones_like(here.h))
+        measure = Measure(same, same, optax.tree.ones_like(here.h))
         if known is not None:
             remedy = "It returns one norm for each unit."
             check_shapes(known, here.h, "`row_norms`' output", "the state", remedy)
-        influence, grads = reduce_units(here, carry.influence, noise, norms, known)
+        influence, grads = reduce_units(here, carry.influence, noise, measure, known)
         return Carry(here.h_next, influence), OnlineOutput(here.loss, grads)
 
     return checked(zero_pair, state_signs, step)
 
 
-class Norms(NamedTuple):
+class Measure(NamedTuple):
     """The norms in which the variance of the reduction is minimal.
 
     Attributes:
       state: makes of a state a pytree whose Euclidean norm is that of the state.
       params: the same for a gradient.
-      row: the norm of a gradient.
       units: the norms of the unit vectors eᵢ in the state's norm, like a state.
     """
 
     state: Callable[[PyTree], PyTree]
     params: Callable[[PyTree], PyTree]
-    row: Callable[[PyTree], jax.Array]
     units: PyTree
 
 
 def reduce_units(
-    here: Observed, pair: RankOne, signs: PyTree, norms: Norms, known: PyTree | None
+    here: Observed, pair: RankOne, signs: PyTree, measure: Measure, known: PyTree | None
 ) -> tuple[RankOne, PyTree]:
     """One step of the pair, and the gradient of the present loss."""
     jv, vjp, grads = push(here, pair)
@@ -139,16 +137,16 @@ def reduce_units(
     if known is None:
         flat_h, unravel = ravel_pytree(here.h)
 
-        def row_norm(i: jax.Array) -> jax.Array:
+        def row(i: jax.Array) -> PyTree:
             unit = unravel(jax.nn.one_hot(i, flat_h.size, dtype=flat_h.dtype))
-            return norms.row(vjp(vary_like(unit, here.h)))
+            return measure.params(vjp(vary_like(unit, here.h)))
 
         # One row after another keeps the memory at one parameter tree.
-        rows = jax.lax.map(row_norm, jnp.arange(flat_h.size))
+        rows = norms(row, flat_h.size)
         known = _split(rows, here.h)  # not `unravel`, which would round them
     (rho0,), rho = balance(
-        Factors((norms.state(jv),), norms.units),
-        Factors((norms.params(pair.w),), known),
+        Factors((measure.state(jv),), measure.units),
+        Factors((measure.params(pair.w),), known),
     )
     like = lambda x, s: x.astype(s.dtype)
     sum_rows = vjp(jax.tree.map(lambda s, r: like(s / r, s), signs, rho))

@@ -171,8 +171,7 @@ def test_whatever_f_reads_is_read_at_each_call(change):
 
 def test_a_module_that_is_trained():
     """An nnx module closed over: no compilation after the first, and no old weights."""
-
-    nnx = pytest.importorskip("flax").nnx
+    nnx = pytest.importorskip("flax.nnx")
 
     class Cell(nnx.Module):
         def __init__(self):
