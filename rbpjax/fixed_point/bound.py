@@ -43,7 +43,7 @@ def error_bound(
     found: Solution,
     verify: bool = False,
 ) -> Bound:
-    """A bound on the relative error of the gradient (∂f/∂args)ᵀz, by seven products.
+    """A bound on the relative error of the gradient (∂f/∂args)ᵀz, by eight products.
 
     An estimate, not a proof. Three things may be wrong: the state, the adjoint, and the
     arithmetic. The state is moved by as far as its residual may be from the fixed
@@ -92,8 +92,12 @@ def error_bound(
     rate = ratio(forward(next_q), size)
     slow = (rate < 1) & (size > 8 * eps)
     reach = jnp.where(slow, 1 / (1 - jnp.where(slow, rate, 0)), 1)
-    amplified = jnp.maximum(reach, ratio(backward(z), backward(g)))
-    amplified = jnp.maximum(amplified, 1)
+    # What one leaf amplifies is small in the norm of all of them; the cotangent comes
+    # into a leaf by itself, or by Jᵀg.
+    sizes = _leaf_rms(z), jnp.maximum(_leaf_rms(g), _leaf_rms(vjp(g)[1]))
+    by_leaf = jnp.where(sizes[1] > 0, ratio(*sizes), 0)
+    amplified = jnp.maximum(reach, jnp.maximum(jnp.max(by_leaf), 1))
+    amplified = jnp.maximum(amplified, ratio(backward(z), backward(g)))
 
     # As far as the fixed point may be: by the residual, and by rounding.
     error = jax.tree.map(

@@ -281,7 +281,7 @@ def rbp_solve(
         ``tol``, ``steps`` and ``max_steps`` may be traced.
       has_aux: whether f returns a pair ``(h, aux)``, aux any pytree of arrays.
       verify: whether the report's bound on the gradient's error rests on solves of its
-        own, too (needs products with J). Without, it is an estimate by seven products.
+        own, too (needs products with J). Without, it is an estimate by eight products.
         With it, errors of the size of rounding and of the residuals are drawn at
         random, twice, and followed through both solves: four solves to a low accuracy.
       batch_axis: an axis of h0, and of every array in inputs, along which f computes

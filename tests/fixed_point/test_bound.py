@@ -263,3 +263,30 @@ def test_verify_is_refused_where_it_cannot_be():
         solve(w, x, jnp.zeros(N), probe=rbpjax.AdjointReport.zeros())
     with pytest.raises(ValueError, match="must be True or False"):
         rbpjax.rbp_solve(f, verify=2)
+
+
+def test_what_one_leaf_amplifies():
+    """One stiff leaf of two: the other one's residual and cotangent do not hide it.
+
+    With J = diag(1 - δa, ½) at h* = (√θ, 2) the stiff leaf is 1 % off beside a residual
+    of 1e-14, as is its gradient 1/(2a); the other one's residual has another rate.
+    """
+    delta = 1e-12
+
+    def f(theta, x, h):
+        a, b = h
+        return a + delta * (theta - a * a) / 2, 0.5 * b + 1
+
+    h = 1.01, 2.0 + 4e-12
+    solve = rbpjax.rbp_fixed_point(f)(lambda theta, x, h: h)
+
+    def loss(theta, probe):
+        a, b = solve(theta, None, h, probe=probe).value
+        return a + b
+
+    grad, report = jax.jit(rbpjax.value_and_grad_with_report(loss))(1.0)[1:]
+    assert report.forward_status == 0
+    error = abs(grad - 0.5) / 0.5
+    assert 0.005 < error < 0.02
+    assert report.bound > error / 3
+    assert report.converged == 0

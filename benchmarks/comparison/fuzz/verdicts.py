@@ -11,8 +11,10 @@ verdict of converged stands for, a problem is
 A problem without any fixed point near the value found has an infinite error, unless its
 loss is constant. A problem is not judged if its dense answer is itself too uncertain,
 or if the derivatives of its curves are lost in rounding (a saturated tanh), which no
-evaluation of f shows. *Forward wrong* is a solution called converged that is further
-from a fixed point than 10 ε^(2/5) in some leaf, relative to its size or to 1.
+evaluation of f shows; nor where the loss's cotangent is exactly zero at the value
+found: a backward rule sees nothing else of a loss. *Forward wrong* is a solution called
+converged that is further from a fixed point than 10 ε^(2/5) in some leaf, relative to
+its size or to 1.
 """
 
 from __future__ import annotations
@@ -101,6 +103,8 @@ def judge(setting: Setting, problems: Problem, found: Found) -> Outcome:
     constant = ~np.any([np.asarray(part, bool).any(1) for part in problems.loss], 0)
     zero = np.all([(p.reshape(len(p), -1) == 0).all(1) for p in found.grads], 0)
     otherwise = np.where(constant & zero, 0.0, np.inf)
+    g, q = (np.asarray(part, np.float64) for part in problems.loss)
+    unseen = ~constant & zero & (g + q * found.h == 0).all(1)
     precision = PRECISIONS[setting.precision]
     blur = right.blur * float(jnp.finfo(precision.real).eps)
     certain = right.uncertainty <= CERTAIN * precision.accuracy
@@ -112,7 +116,7 @@ def judge(setting: Setting, problems: Problem, found: Found) -> Outcome:
         status=found.status,
         forward=found.forward,
         moved=np.where(known, moved, np.inf),
-        judged=certain | ~known,
+        judged=(certain | ~known) & ~unseen,
         lost=np.where(known, right.uncertainty + blur, 0),
         family=problems.family,
         nonlinear=problems.nonlinear,
