@@ -277,11 +277,11 @@ def methods() -> list[Method]:
 
 def installed(library: str) -> str | None:
     """Why a library's methods are skipped, if they are."""
-    extra = {"jaxopt": "peers", "optimistix": "peers", "torchdeq": "peers-torch"}
+    extra = "peers-torch" if library == "torchdeq" else "peers"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             importlib.import_module(library)
     except ImportError:
-        return f"{library} is not installed: pip install -e '.[{extra[library]}]'"
+        return f"{library} is not installed: pip install -e '.[{extra}]'"
     return None

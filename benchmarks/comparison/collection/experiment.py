@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -123,6 +124,7 @@ class Collection:
             options,
             problems_sources=problems_sources(),
             tune=tune,
+            peers=_versions(),
             solvers=solved,
         )
         path = write_json(name, result)
@@ -153,9 +155,15 @@ def _sources() -> list[str]:
     return [code(folder)["sources"] for folder in folders]
 
 
+def _versions() -> dict[str, str]:
+    """Of the other libraries that are here."""
+    here = {name.split("-")[0] for name in SOLVERS if name not in OURS}
+    return {name: version(name) for name in sorted(here) if installed(name) is None}
+
+
 def _available(solver: str) -> bool:
     library = solver.split("-")[0]
-    why = installed(library) if library in ("jaxopt", "optimistix") else None
+    why = None if solver in OURS else installed(library)
     if why:
         say(f"skipped {solver}: {why}")
     return why is None

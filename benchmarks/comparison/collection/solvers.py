@@ -2,8 +2,7 @@
 
 A solver is a function ``(problem, arrays) -> Found``, the arrays in its precision. All
 have their own defaults, but the tolerance ε^¾ and a budget of 1,000 steps, which are
-this library's; what these mean is up to each. (banax needs a newer Python and JAX than
-the others: it is not measured. A row of ``SOLVERS`` would do.)
+this library's; what these mean is up to each. banax needs Python 3.12 or newer.
 """
 
 from __future__ import annotations
@@ -135,6 +134,23 @@ def optimistix(name: str, problem: Problem, arrays: tuple) -> Found:
     return Found(solution.value, done, "" if done else "not converged", work)
 
 
+def banax(name: str, problem: Problem, arrays: tuple) -> Found:
+    from banax import adjoint, solver
+
+    params, inputs, h0 = arrays
+    made = getattr(solver, name)(rtol=tolerance(h0), max_steps=BUDGET)
+    run = adjoint.Implicit(made, made)
+
+    @jax.jit
+    def solve(params: Any, inputs: Any, h0: Any) -> tuple:
+        solution = run(lambda h: problem.f(params, inputs, h), h0)
+        return solution.value, solution.result, solution.stats.steps
+
+    value, result, steps = solve(params, inputs, jax.tree.map(jnp.asarray, h0))
+    done = int(result) == 0
+    return Found(value, done, "" if done else "not converged", int(steps))
+
+
 def scipy(method: str, problem: Problem, arrays: tuple) -> Found:
     """On the flat real vector, with dense Jacobians from JAX for MINPACK's hybr."""
     import scipy.optimize
@@ -186,6 +202,9 @@ SOLVERS: dict[str, Solver] = {
     "jaxopt-anderson": partial(jaxopt, "AndersonAcceleration"),
     "optimistix-newton": partial(optimistix, "Newton"),
     "optimistix-dogleg": partial(optimistix, "Dogleg"),
+    "banax-picard": partial(banax, "Picard"),
+    "banax-anderson": partial(banax, "Anderson"),
+    "banax-broyden": partial(banax, "Broyden"),
     "scipy-hybr": partial(scipy, "hybr"),
     "scipy-krylov": partial(scipy, "krylov"),
 }
