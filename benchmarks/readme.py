@@ -14,6 +14,7 @@ from benchmarks.citation import experiment as citation
 from benchmarks.citation import figures as citation_figures
 from benchmarks.comparison import families, modes, warm
 from benchmarks.comparison import report as rules_report
+from benchmarks.comparison.collection import summary as collection
 from benchmarks.harness.options import require
 from benchmarks.harness.results import read_json
 from benchmarks.harness.tables import mean_std, table
@@ -303,6 +304,18 @@ def unitary_tables() -> str:
     return "\n\n".join(made)
 
 
+def collection_tables() -> str:
+    """The classic fixed points, by solver, and the random ones."""
+    classic, drawn = read_json("collection"), read_json("collection-random")
+    short = lambda row: {k: v for k, v in row.items() if k != "flagged"}
+    shown = lambda result: table([*map(short, collection.rows(result["solvers"]))])
+    peers = ", ".join(f"{name} {n}" for name, n in classic["peers"].items())
+    return (
+        f"{shown(classic)}\n\n{_where(classic)} Others: {peers}.\n\n"
+        f"Random ones:\n\n{shown(drawn)}\n\n{_where(drawn)}"
+    )
+
+
 def fuzz_rooms_table() -> str:
     """What the second fuzz found, by kind."""
     result = read_json("fuzz-rooms")
@@ -382,6 +395,7 @@ def scaling_tables() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "citation": citation_table,
     "citation-paper": citation_paper_table,
+    "collection": collection_tables,
     "families": families_table,
     "fuzz": fuzz_line,
     "fuzz-rooms": fuzz_rooms_table,

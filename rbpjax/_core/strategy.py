@@ -124,7 +124,8 @@ def function(
 ) -> Any:
     """A callable, described by ``meaning``, and by ``call``, how it is called."""
     meaning = f"{meaning}, called as {call}" if call else meaning
-    return option(default=default, check=callable, meaning=meaning, kw_only=kw_only)
+    made = lambda x: callable(x) and not isinstance(x, type)
+    return option(default=default, check=made, meaning=meaning, kw_only=kw_only)
 
 
 @dataclass_transform(
@@ -228,6 +229,11 @@ def _check(owner: object, field: dataclasses.Field) -> None:
                 " Arrays cannot be options, but for scalars: of a floating-point dtype "
                 "for `tol`, of an integer one for `steps` and `max_steps`."
                 if hasattr(value, "dtype")
+                else ""
+            )
+            + (
+                f" It is a class: give an instance, {value.__name__}()."
+                if isinstance(value, type)
                 else ""
             )
         )

@@ -26,11 +26,21 @@ def apply_solver(
 
 def check_solver(solver: ForwardSolver) -> None:
     """Raises ValueError where a backward rule stands in a solver's place."""
+    check_made(solver)
     if first_parameter(solver) == "vjp":
         raise ValueError(
             f"{solver!r} is a backward rule, called as rule(vjp, cotangent); a forward "
             "solver is called as solver(step, h0). A rule finds fixed points inside "
             f"Newton: Newton({solver!r})."
+        )
+
+
+def check_made(method: object) -> None:
+    """Raises ValueError where a class stands in the place of its instance."""
+    if isinstance(method, type):
+        raise ValueError(
+            f"{method.__name__} is a class; give an instance of it: "
+            f"{method.__name__}()."
         )
 
 

@@ -137,6 +137,18 @@ BAD_FIELDS = {
     "forward_tol": (lambda: FixedPointIteration(tol="small"), "`tol`.*'small'"),
 }
 BAD_STRATEGIES = {
+    "backward_class": (
+        lambda: rbpjax.rbp_solve(step, backward=Neumann),
+        "Neumann is a class.*Neumann()",
+    ),
+    "forward_class": (
+        lambda: rbpjax.rbp_solve(step, forward=rbpjax.Anderson),
+        "Anderson is a class.*Anderson()",
+    ),
+    "solver_class": (
+        lambda: RBP(rbpjax.Anderson),
+        "RBP.*`solver` must be a forward solver.*class.*Anderson()",
+    ),
     "forward_name": (
         lambda: solve(forward="anderson"),
         "`forward` must be callable.*'anderson'.*instances",

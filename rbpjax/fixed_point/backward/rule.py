@@ -27,7 +27,11 @@ from jax import lax
 
 from rbpjax._core import sharding, tree
 from rbpjax._core.convolution import channels_last
-from rbpjax.fixed_point.contract import check_solution, first_parameter
+from rbpjax.fixed_point.contract import (
+    check_made,
+    check_solution,
+    first_parameter,
+)
 from rbpjax.fixed_point.iterate import ratio, repeat, status_of
 from rbpjax.types import BackwardRule, LinearMap, PyTree, Solution, Status
 
@@ -367,6 +371,7 @@ def apply_rule(
 
 def check_rule(rule: BackwardRule) -> None:
     """Raises ValueError where a forward solver stands in a rule's place."""
+    check_made(rule)
     if first_parameter(rule) == "step":
         raise ValueError(
             f"{rule!r} is a forward solver, called as solver(step, h0); a backward "
