@@ -116,8 +116,10 @@ def optimistix(name: str, problem: Problem, arrays: tuple) -> Found:
     logging.getLogger("jax").setLevel(logging.CRITICAL)
     params, inputs, h0 = arrays
     solver = getattr(optx, name)(rtol=tolerance(h0), atol=tolerance(h0))
-    run = jax.jit(
-        lambda params, inputs, h0: optx.fixed_point(
+
+    @jax.jit
+    def run(params: Any, inputs: Any, h0: Any) -> tuple:
+        solution = optx.fixed_point(
             lambda h, args: problem.f(*args, h),
             solver,
             h0,
@@ -125,13 +127,15 @@ def optimistix(name: str, problem: Problem, arrays: tuple) -> Found:
             max_steps=BUDGET,
             throw=False,
         )
-    )
-    solution = run(params, inputs, jax.tree.map(jnp.asarray, h0))
-    done = bool(solution.result == optx.RESULTS.successful)
-    steps = int(solution.stats["num_steps"])
+        # Not all of it: Dogleg's state holds what is no array.
+        done = solution.result == optx.RESULTS.successful
+        return solution.value, done, solution.stats["num_steps"]
+
+    value, done, steps = run(params, inputs, jax.tree.map(jnp.asarray, h0))
+    done, steps = bool(done), int(steps)
     n = sum(a.size for a in jax.tree.leaves(h0))
     work = steps * (1 if name == "FixedPointIteration" else n + 1)  # a dense Jacobian
-    return Found(solution.value, done, "" if done else "not converged", work)
+    return Found(value, done, "" if done else "not converged", work)
 
 
 def banax(name: str, problem: Problem, arrays: tuple) -> Found:
