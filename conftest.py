@@ -51,6 +51,7 @@ LONG = (
     "tests/core/test_products.py",
     "tests/core/test_reuse.py",
     "tests/diagnostics/test_diagnose.py",
+    "tests/diagnostics/test_recurrence.py",
     "tests/fixed_point/backward/test_own_backward.py",
     "tests/fixed_point/backward/test_rounding.py",
     "tests/fixed_point/backward/test_units.py",

@@ -1,0 +1,168 @@
+"""``diagnose_recurrence``: its numbers against closed forms, its choice, its table."""
+
+import importlib
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rbpjax.diagnostics import diagnose_recurrence
+from rbpjax.diagnostics.recurrence import CHEAP, METHODS
+from rbpjax.unitary import UnitaryCell, activation
+
+KEY = jax.random.key(3)
+N, T = 16, 100
+DRAWS = np.random.default_rng(0)
+W = jnp.asarray(DRAWS.normal(size=(N, N)) / N**0.5)
+XS = jnp.asarray(DRAWS.normal(size=(T, N)))
+ZERO = jnp.zeros(N)
+
+
+def tanh(w, x, h):
+    return jnp.tanh(w @ h + x)
+
+
+def linear(w, x, h):
+    return w @ h + x
+
+
+def names(found):
+    return METHODS[int(found.recommended)].name
+
+
+def test_fading_is_the_product_of_jacobians():
+    """Of h' = W h + x between ‖cᵀWᵏ‖'s extremes; in one dimension |w|ᵏ itself.
+
+    The root mean square over cotangents of norm one is at most ‖Wᵏ‖ and at least its
+    least singular value. A transposed J has the same ones: the next test is for it.
+    """
+    fading = diagnose_recurrence(KEY, linear, W, XS, ZERO, probes=3).fading
+    for k in (1, 2, 30):
+        values = np.linalg.svd(np.linalg.matrix_power(W, k), compute_uv=False)
+        assert values[-1] <= fading[k - 1] <= values[0]
+    one = diagnose_recurrence(KEY, linear, jnp.array([[-0.8]]), XS[:, :1], ZERO[:1])
+    np.testing.assert_allclose(one.fading, 0.8 ** np.arange(1, T + 1), rtol=1e-11)
+    assert one.horizon == math.ceil(math.log(0.01) / math.log(0.8))
+
+
+def test_cotangents_go_back_by_the_transpose_of_the_last_steps():
+    """A state that only feeds the first unit, and steps that differ in time.
+
+    J = e₀ aᵀ: one step back any c is c₀ a, so that lag k has |a₀|^(k - 1) of lag 1. The
+    transpose would make e₀ of it, of norm |a · c|. And x scales the step: the last
+    steps come first.
+    """
+    a = jnp.array([0.5, 3.0, 0.0])
+    f = lambda a, x, h: jnp.zeros(3).at[0].set(x * (a @ h))
+    scales = jnp.ones(T).at[-2].set(10.0)
+    found = diagnose_recurrence(KEY, f, a, scales, jnp.ones(3), probes=2)
+    lag = found.fading
+    np.testing.assert_allclose(lag[1] / lag[0], 10 * 0.5, rtol=1e-12)
+    np.testing.assert_allclose(lag[2] / lag[1], 0.5, rtol=1e-12)
+
+
+def test_neither_end_of_the_range_is_left():
+    """Growth of 4 a step over 1,000 steps in float32 is infinite, fading zero."""
+    xs, h0 = jnp.zeros((1000, 2), jnp.float32), jnp.zeros(2, jnp.float32)
+    f = lambda w, x, h: w * h + x
+    grows = diagnose_recurrence(KEY, f, jnp.float32(4), xs, h0)
+    fades = diagnose_recurrence(KEY, f, jnp.float32(0.25), xs, h0)
+    assert np.isinf(grows.fading[-1]) and np.isinf(grows.horizon)
+    assert fades.fading[-1] == 0 and fades.horizon == 4
+    np.testing.assert_allclose(grows.fading[:20], 4.0 ** np.arange(1, 21), rtol=1e-4)
+
+
+CASES = {
+    "constant inputs": (tanh, 0.5 * W, jnp.ones((T, N)), "rbp_solve"),
+    "orthogonal": (linear, jnp.linalg.qr(W)[0], XS, "unitary.recomputed_scan"),
+    "element-wise": (
+        lambda w, x, h: jnp.tanh(w * h + x),
+        jnp.linspace(0.5, 2.0, N),
+        XS,
+        "online.diagonal_rtrl",
+    ),
+    "fading": (tanh, 0.5 * W, XS, "tbptt"),
+    "chaotic": (tanh, 3 * W, XS, "bptt"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_regime_has_its_method(name):
+    """And its property is found, with jit as without."""
+    f, params, xs, want = CASES[name]
+    found = diagnose_recurrence(KEY, f, params, xs, ZERO)
+    assert names(found) == want
+    assert found.constant == (name == "constant inputs")
+    assert found.elementwise == (name == "element-wise")
+    assert found.settles == (name in ("constant inputs", "fading", "element-wise"))
+    inside = jax.jit(lambda k, p, x: diagnose_recurrence(k, f, p, x, ZERO))
+    for a, b in zip(inside(KEY, params, xs), found, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_few_units_take_rtrl():
+    """Where the sequence is longer than there are parameters; not with many units."""
+    turn = jnp.array([[0.0, 3.6], [-3.0, 0.0]])
+    found = diagnose_recurrence(KEY, tanh, turn, XS[:, :2], ZERO[:2])
+    assert names(found) == "online.rtrl"
+    found = diagnose_recurrence(KEY, tanh, 3 * W, XS, ZERO)
+    row = [method.name for method in METHODS].index("online.rtrl")
+    assert found.cost[row] == N + 3 > CHEAP
+    assert found.memory[row] == N * N**2
+
+
+def test_gains_of_a_unitary_cell():
+    """A complex state: its steps preserve norms to rounding, and it is no diagonal."""
+    cell = UnitaryCell(lattice=(8,), activation=activation.identity)
+    params = cell.prepare(cell.init(KEY, radius=1, inputs=2, scale=1.0))
+    found = diagnose_recurrence(KEY, cell, params, XS[:, :2], cell.start())
+    np.testing.assert_allclose([found.least_gain, found.largest_gain], 1, rtol=1e-13)
+    assert names(found) == "unitary.recomputed_scan" and not found.elementwise
+
+
+def test_parts_of_one_unit_may_see_each_other():
+    """A state of two leaves whose units are by themselves, as of an LSTM without W."""
+    f = lambda w, x, h: (w * h[0] + h[1] + x, 0.5 * h[0] * h[1])
+    state = ZERO, ZERO + 0.3
+    assert diagnose_recurrence(KEY, f, W[0], XS, state).elementwise
+    shifted = lambda w, x, h: (w * h[0] + jnp.roll(h[1], 1) + x, h[1])
+    assert not diagnose_recurrence(KEY, shifted, W[0], XS, state).elementwise
+
+
+def test_every_method_is_public():
+    """The names of the table are names of the library."""
+    for method in METHODS:
+        module, _, name = f"rbpjax.{method.name}".rpartition(".")
+        assert hasattr(importlib.import_module(module), name)
+
+
+def test_the_table():
+    """Words and numbers, a row a method; plain under tracing."""
+    found = diagnose_recurrence(KEY, tanh, 0.5 * W, XS, ZERO)
+    text = str(found)
+    assert re.search(r"^recommended: tbptt$", text, re.M)
+    assert re.search(r"^bptt +exact +1\.6e\+03 +3 +memory .*: yes$", text, re.M)
+    assert all(method.name in text for method in METHODS)
+    assert re.search(r"^settles at a constant input +yes$", text, re.M)
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: diagnose_recurrence(KEY, tanh, W, None, ZERO), "`inputs`.*sequence"),
+        (lambda: diagnose_recurrence(KEY, tanh, W, XS[:0], ZERO), r"\(0, 16\)"),
+        (lambda: diagnose_recurrence(0, tanh, W, XS, ZERO), "`key`"),
+        (lambda: diagnose_recurrence(KEY, tanh, W, XS, ZERO, tol=1), "`tol`.*got 1"),
+        (lambda: diagnose_recurrence(KEY, tanh, W, XS, ZERO, probes=0), "`probes`"),
+        (
+            lambda: diagnose_recurrence(KEY, lambda w, x, h: (h, h), W, XS, ZERO),
+            "`f`'s output.*return h alone",
+        ),
+    ],
+)
+def test_errors_name_the_argument(call, match):
+    with pytest.raises(ValueError, match=match):
+        call()
