@@ -8,6 +8,13 @@ A rule says what is perturbed; its fields say what that estimates. How to choose
 * ``ActivityPerturbation``: the same passes; not the gradient, but one preconditioned by
   the covariance of the activity's change; step sizes do not depend on σ.
 
+For long unrolls there are estimators with a state, windows in and gradients out, in
+the form of ``online`` (see ``Evolution``):
+
+* ``pes``: fresh noise a window, unbiased; variance grows with the windows.
+* ``nres``: one noise a sequence, unbiased, with less variance.
+* ``truncated_es``: biased, the baseline.
+
 The parts of a rule are in namespaces of their own:
 
 * ``difference``: ``OneSided`` and ``Central`` use passes alone, ``Exact`` a forward
@@ -36,9 +43,13 @@ from rbpjax.perturb import credit, difference, noise, norm
 from rbpjax.perturb.activity import ActivityPerturbation
 from rbpjax.perturb.cell import DenseCell, Nodes
 from rbpjax.perturb.decorrelate import Decorrelation, decorrelate
+from rbpjax.perturb.evolution import Evolution, EvolutionCarry, EvolutionOutput
 from rbpjax.perturb.node import NodePerturbation
+from rbpjax.perturb.nres import nres
 from rbpjax.perturb.paper_code import PaperCode, paper_code
+from rbpjax.perturb.pes import pes
 from rbpjax.perturb.recurrent import recurrent_value_and_grad
+from rbpjax.perturb.truncated_es import truncated_es
 from rbpjax.perturb.unroll import Trajectory, unroll
 from rbpjax.perturb.weight import WeightPerturbation, value_and_grad
 
@@ -46,6 +57,9 @@ __all__ = [
     "ActivityPerturbation",
     "Decorrelation",
     "DenseCell",
+    "Evolution",
+    "EvolutionCarry",
+    "EvolutionOutput",
     "NodePerturbation",
     "Nodes",
     "PaperCode",
@@ -56,8 +70,11 @@ __all__ = [
     "difference",
     "noise",
     "norm",
+    "nres",
     "paper_code",
+    "pes",
     "recurrent_value_and_grad",
+    "truncated_es",
     "unroll",
     "value_and_grad",
 ]
