@@ -3,6 +3,8 @@
 A rule says what is perturbed; its fields say what that estimates. How to choose:
 
 * ``WeightPerturbation``: any loss; variance grows with the number of weights.
+* ``SeededPerturbation``: the same, with directions drawn anew from a key and never
+  stored, of low rank if wanted; ``seeded_descent`` stores no gradient either.
 * ``NodePerturbation``: a cell that shows its nodes; unbiased with ``causal`` credit;
   variance grows with nodes × steps × examples.
 * ``ActivityPerturbation``: the same passes; not the gradient, but one preconditioned by
@@ -49,9 +51,10 @@ from rbpjax.perturb.nres import nres
 from rbpjax.perturb.paper_code import PaperCode, paper_code
 from rbpjax.perturb.pes import pes
 from rbpjax.perturb.recurrent import recurrent_value_and_grad
+from rbpjax.perturb.seeded import SeededPerturbation
 from rbpjax.perturb.truncated_es import truncated_es
 from rbpjax.perturb.unroll import Trajectory, unroll
-from rbpjax.perturb.weight import WeightPerturbation, value_and_grad
+from rbpjax.perturb.weight import WeightPerturbation, seeded_descent, value_and_grad
 
 __all__ = [
     "ActivityPerturbation",
@@ -63,6 +66,7 @@ __all__ = [
     "NodePerturbation",
     "Nodes",
     "PaperCode",
+    "SeededPerturbation",
     "Trajectory",
     "WeightPerturbation",
     "credit",
@@ -74,6 +78,7 @@ __all__ = [
     "paper_code",
     "pes",
     "recurrent_value_and_grad",
+    "seeded_descent",
     "truncated_es",
     "unroll",
     "value_and_grad",
