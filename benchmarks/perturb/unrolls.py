@@ -320,14 +320,17 @@ def draw(result: dict[str, Any], name: str) -> Any:
     for ax, (task, at) in zip(axes[0], result["tasks"].items(), strict=True):
         for method, m in at["methods"].items():
             style, curves = look(METHODS[method]), np.array(m["curves"], float)
-            steps = np.linspace(0, result["options"]["budget"], curves.shape[1])
+            millions = result["options"]["budget"] / 1e6
+            steps = np.linspace(0, millions, curves.shape[1])
             ax.plot(steps, curves.mean(0), label=METHODS[method], **style)
             low, high = curves.min(0), curves.max(0)
             ax.fill_between(steps, low, high, color=style["color"], alpha=0.1)
         line_named(ax, at["best"], "the least there is")
-        ax.set(title=TITLES[task], xlabel="steps run", yscale="log")
+        wide = ax.get_ylim()[1] > 10 * at["best"]
+        scale = "log" if wide else "linear"
+        ax.set(title=TITLES[task], xlabel="million steps run", yscale=scale)
     axes[0, 0].set_ylabel("loss a step")
     legend(fig, axes[0, 0])
     count = len(result["options"]["seeds"])
-    fig.suptitle(f"An update every {WINDOW} steps: mean and range over {count} seeds")
+    fig.suptitle(f"Windows of {WINDOW} steps: mean and range over {count} seeds")
     return save_figure(fig, name)
