@@ -17,6 +17,9 @@ the form of ``online`` (see ``Evolution``):
 * ``nres``: one noise a sequence, unbiased, with less variance.
 * ``truncated_es``: biased, the baseline.
 
+``diagnose`` says before a run how many samples an angle takes, and how long a step is
+stable.
+
 The parts of a rule are in namespaces of their own:
 
 * ``difference``: ``OneSided`` and ``Central`` use passes alone, ``Exact`` a forward
@@ -43,6 +46,7 @@ Example:
 
 from rbpjax.perturb import credit, difference, noise, norm
 from rbpjax.perturb.activity import ActivityPerturbation
+from rbpjax.perturb.advice import Advice, diagnose
 from rbpjax.perturb.cell import DenseCell, Nodes
 from rbpjax.perturb.decorrelate import Decorrelation, decorrelate
 from rbpjax.perturb.evolution import Evolution, EvolutionCarry, EvolutionOutput
@@ -58,6 +62,7 @@ from rbpjax.perturb.weight import WeightPerturbation, seeded_descent, value_and_
 
 __all__ = [
     "ActivityPerturbation",
+    "Advice",
     "Decorrelation",
     "DenseCell",
     "Evolution",
@@ -71,6 +76,7 @@ __all__ = [
     "WeightPerturbation",
     "credit",
     "decorrelate",
+    "diagnose",
     "difference",
     "noise",
     "norm",
