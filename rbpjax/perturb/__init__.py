@@ -10,6 +10,9 @@ A rule says what is perturbed; its fields say what that estimates. How to choose
 * ``ActivityPerturbation``: the same passes; not the gradient, but one preconditioned by
   the covariance of the activity's change; step sizes do not depend on σ.
 
+``local_value_and_grad`` gives each layer of a network a loss of its own, so that the
+variance is that of a layer.
+
 For long unrolls there are estimators with a state, windows in and gradients out, in
 the form of ``online`` (see ``Evolution``):
 
@@ -50,6 +53,7 @@ from rbpjax.perturb.advice import Advice, diagnose
 from rbpjax.perturb.cell import DenseCell, Nodes
 from rbpjax.perturb.decorrelate import Decorrelation, decorrelate
 from rbpjax.perturb.evolution import Evolution, EvolutionCarry, EvolutionOutput
+from rbpjax.perturb.local import local_value_and_grad
 from rbpjax.perturb.node import NodePerturbation
 from rbpjax.perturb.nres import nres
 from rbpjax.perturb.paper_code import PaperCode, paper_code
@@ -78,6 +82,7 @@ __all__ = [
     "decorrelate",
     "diagnose",
     "difference",
+    "local_value_and_grad",
     "noise",
     "norm",
     "nres",
