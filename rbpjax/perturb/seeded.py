@@ -8,6 +8,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
+from rbpjax._core.sharding import vary_like
 from rbpjax._core.strategy import count, function, real, strategy
 from rbpjax.perturb.difference import Difference, OneSided, sized, slopes
 from rbpjax.perturb.noise import Noise, rademacher
@@ -127,7 +128,8 @@ def seeded_sum(
             v = direction(rule, key, index, place, first)
             return total + scaled(weights[index], v, first)
 
-        return jax.lax.fori_loop(jnp.uint32(0), jnp.uint32(len(weights)), add, first)
+        start = vary_like(first, (first, weights))
+        return jax.lax.fori_loop(jnp.uint32(0), jnp.uint32(len(weights)), add, start)
 
     return _by_place(leaf, start)
 

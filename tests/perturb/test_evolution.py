@@ -11,8 +11,12 @@ import pytest
 
 from rbpjax import online, perturb
 from tests.support.perturb import TIGHT, distance, signs
+from tests.support.problems import rows
 
-METHODS = [perturb.pes, perturb.nres, perturb.truncated_es]
+NAMES = {"pes": perturb.pes, "nres": perturb.nres, "truncated_es": perturb.truncated_es}
+METHODS = list(NAMES.values())
+# Where the method hardly matters: one by default, the others in the long form.
+each_method = pytest.mark.parametrize("method", rows(NAMES, ["pes"]))
 MATRIX = jnp.array([[0.6, -0.3], [0.5, 0.2]])
 
 
@@ -175,7 +179,7 @@ def test_samples_are_averaged_and_a_scan_is_a_loop(method):
     chex.assert_trees_all_close(carry, last, rtol=1e-12)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@each_method
 def test_sequences_are_a_vmap_and_do_not_reach_each_other(method):
     """Two sequences, one of them not finite: the other is as it is alone."""
     unroll = quadratic()
@@ -201,7 +205,7 @@ def test_sequences_are_a_vmap_and_do_not_reach_each_other(method):
     chex.assert_trees_all_equal(*kept)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@each_method
 def test_other_units_and_dtypes(method):
     """Parameters in units of 4ᵏ: the same bits, scaled; trees keep their dtypes."""
 
@@ -235,7 +239,7 @@ def test_other_units_and_dtypes(method):
     assert jnp.max(after.ahead["steps"]) == 4 and jnp.isfinite(out.grads["b"])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@each_method
 def test_what_does_not_fit_is_named(method):
     """Options, carries, noise, windows, functions."""
     unroll = quadratic()

@@ -105,6 +105,7 @@ def test_layers_have_noise_and_losses_of_their_own():
     assert len({tuple(key) for key in seen}) == LAYERS
 
 
+@pytest.mark.full
 def test_what_is_not_finite_stays_in_its_layer():
     """A loss of NaN above leaves the gradients of the other layers alone; vmap, too."""
     params, xs, h0, ys = network()
