@@ -69,7 +69,7 @@ def nres(
     References:
       Li, Harrison, Sohl-Dickstein, Smith, Metz, "Variance-Reduced Gradient Estimation
       via Noise-Reuse in Online Evolution Strategies", NeurIPS 2023,
-      https://arxiv.org/abs/2304.12180, Algorithm 2.
+      https://arxiv.org/abs/2304.12180: GPES with one noise an episode, K = T.
     """
     pairs = Pairs(num_samples=num_samples, sigma=sigma, noise=noise)
 

@@ -28,9 +28,9 @@ def pes(
     a loss is credited to all perturbations of its sequence, and so reaches back to the
     beginning, though only one window is run at a time. Unbiased for the total gradient
     of L_t up to O(σ²), at every window; with ``noise.normal`` unbiased at any σ for
-    that of the smoothed loss E L_t(θ + σ v_1, …, θ + σ v_t). For a linear unroll with
-    quadratic loss both are the gradient itself. While the parameters change, a bias
-    proportional to the step size appears.
+    that of the smoothed loss E L_t(θ + σ v_1, …, θ + σ v_t). Where states are linear in
+    θ and the loss is quadratic, both are the gradient itself. While the parameters
+    change, a bias proportional to the step size appears.
 
     Where the loss of window t is linear, with gradient g = g_1 + … + g_t in d
     parameters (g_τ through those of window τ), the variance of one sample is

@@ -30,7 +30,7 @@ class SeededPerturbation:
     With ``rank`` r the direction of a matrix [m, n] is a bᵀ / √r, with noise a [m, r]
     and b [n, r] (leaves of more axes are matrices of their last one; vectors and
     scalars are drawn as they are). It takes r (m + n) random numbers in the place of
-    m n.
+    m n. The matrix is formed and added to the parameters: a pass costs what it costs.
 
     Unbiased as ``WeightPerturbation``, with any ``rank``: E v vᵀ = I. The variance of
     one sample is d ± 1 times ‖g‖², d the number of parameters (see ``Noise``), and with
