@@ -19,6 +19,7 @@ from benchmarks.hopfield.experiment import Hopfield
 from benchmarks.hyperopt.experiment import Hyperopt
 from benchmarks.online.experiment import Online
 from benchmarks.perturb.experiment import Perturb
+from benchmarks.perturb.unrolls import PerturbUnrolls
 from benchmarks.readme import Readme
 from benchmarks.rooms.before_after import RoomsBeforeAfter
 from benchmarks.rooms.fuzz import FuzzRooms
@@ -39,6 +40,7 @@ EXPERIMENTS: tuple[type[Experiment], ...] = (
     Modes,
     Online,
     Perturb,
+    PerturbUnrolls,
     Rules,
     Scaling,
     Unitary,

@@ -23,6 +23,7 @@ from benchmarks.hyperopt import experiment as hyperopt
 from benchmarks.online import experiment as online
 from benchmarks.online import figures as online_figures
 from benchmarks.perturb import experiment as perturb
+from benchmarks.perturb import unrolls
 from benchmarks.scaling import experiment as scaling
 from benchmarks.unitary import experiment as unitary
 
@@ -157,6 +158,29 @@ def perturb_table() -> str:
         "for backpropagation), the best of five step sizes on validation data, "
         f"{len(options['seeds'])} seeds (mean ± standard deviation, test data). In "
         f"parentheses: answers that need no learning. {_where(first)}"
+    )
+
+
+def unrolls_table() -> str:
+    """Final losses of every method on both tasks."""
+    result = read_json("perturb-unrolls")
+    options = result["options"]
+    rates = "; ".join(
+        f"{unrolls.TITLES[name].lower()}: "
+        + ", ".join(
+            f"{unrolls.METHODS[m]} {found['rate']:g} ({found['updates']:,} updates)"
+            for m, found in at["methods"].items()
+        )
+        for name, at in result["tasks"].items()
+    )
+    return (
+        table(unrolls.rows(result))
+        + f"\n\n{options['budget']:,} steps run for every method, windows of "
+        f"{options['window']}, {options['sequences']} sequences with one pair of "
+        f"normal noise each, σ = {options['sigma']:g}, "
+        f"{len(options['seeds'])} seeds (mean ± standard deviation, the exact expected "
+        f"loss without perturbation). Adam rates, the best of "
+        f"{len(options['grid'])}: {rates}. {_where(result)}"
     )
 
 
@@ -370,6 +394,7 @@ def draw_all() -> None:
         online_figures.draw(part, f"online-{part}")
     for part in (*perturb.TASKS, "scaling", "cost"):
         perturb.draw(part, read_json(f"perturb-{part}"), f"perturb-{part}")
+    unrolls.draw(read_json("perturb-unrolls"), "perturb-unrolls")
     rules_report.draw_all(read_json("rules"))
     for part, (_, _, draw) in unitary.MAKERS.items():
         draw(read_json(f"unitary-{part}"), f"unitary-{part}")
@@ -405,6 +430,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "modes": modes_table,
     "online": online_tables,
     "perturb": perturb_table,
+    "perturb-unrolls": unrolls_table,
     "rules": rules_table,
     "rules-all": rules_tables,
     "scaling": scaling_tables,

@@ -53,6 +53,9 @@ LOOKS: Mapping[str, tuple[str, Any]] = {
     "ANP": ("C4", "-"),
     "ANP, instant": ("C4", "--"),
     "ANP, paper's code": ("C4", ":"),
+    "Truncated ES": ("C1", "-"),
+    "PES": ("C6", "-"),
+    "NRES": ("C3", "-"),
     # Unitary.
     "unitary conv., linear": ("C2", "-"),
     "unitary conv., φ": ("C4", "-"),

@@ -75,12 +75,12 @@ class OneSided:
     def __call__(self, run: Run, clean: PyTree) -> PyTree:
         """Returns the difference quotient; the default σ is that for size 1."""
         sigma = self.sigma or 0.3 * coarsest_eps(_arrays(clean)) ** 0.5
-        return _quotient(run(sigma), clean, sigma)
+        return quotient(run(sigma), clean, sigma)
 
     def at(self, size: jax.Array, eps: float) -> Difference:
         """The same for what has this size and machine ε."""
         sigma = _visible(self.sigma or 0.3 * eps**0.5 * size, size, eps)
-        return lambda run, clean: _quotient(run(sigma), clean, sigma)
+        return lambda run, clean: quotient(run(sigma), clean, sigma)
 
 
 @strategy
@@ -114,12 +114,18 @@ class Central:
     def __call__(self, run: Run, clean: PyTree) -> PyTree:
         """Returns the central difference quotient; the default σ is that for size 1."""
         sigma = self.sigma or 0.2 * coarsest_eps(_arrays(clean)) ** (1 / 3)
-        return _quotient(run(sigma), run(-sigma), 2 * sigma)
+        return quotient(run(sigma), run(-sigma), 2 * sigma)
 
     def at(self, size: jax.Array, eps: float) -> Difference:
         """The same for what has this size and machine ε."""
         sigma = _visible(self.sigma or 0.2 * eps ** (1 / 3) * size, size, eps)
-        return lambda run, clean: _quotient(run(sigma), run(-sigma), 2 * sigma)
+        return lambda run, clean: quotient(run(sigma), run(-sigma), 2 * sigma)
+
+    def width(self, tree: PyTree) -> jax.Array:
+        """σ for perturbations of ``tree``; NaN where it would be lost in rounding."""
+        size, eps = extent(tree)
+        sigma = self.sigma or 0.2 * eps ** (1 / 3) * size
+        return _visible(jnp.asarray(sigma, size.dtype), size, eps)
 
 
 @strategy
@@ -150,13 +156,16 @@ class Exact:
 def sized(difference: Difference, tree: PyTree) -> Difference:
     """``difference`` for perturbations of ``tree``, if it asks how large that is."""
     at = getattr(difference, "at", None)
-    if at is None:
-        return difference
+    return difference if at is None else at(*extent(tree))
+
+
+def extent(tree: PyTree) -> tuple[jax.Array, float]:
+    """The largest root mean square of a leaf, 1 if all is 0, and the machine ε."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.size]
     dtype = real_dtype(leaves)
     sizes = [norm(leaf).astype(dtype) / leaf.size**0.5 for leaf in leaves]
     size = jnp.max(jnp.stack(sizes))
-    return at(jnp.where(size == 0, 1, size), coarsest_eps(tree))
+    return jnp.where(size == 0, 1, size), coarsest_eps(tree)
 
 
 def slopes(difference: Difference, run: Run, clean: PyTree) -> PyTree:
@@ -171,7 +180,9 @@ def _visible(sigma: jax.typing.ArrayLike, size: jax.Array, eps: float) -> jax.Ar
     return jnp.where(sigma >= eps * size, sigma, jnp.nan)
 
 
-def _quotient(ahead: PyTree, behind: PyTree, by: jax.typing.ArrayLike) -> PyTree:
+def quotient(ahead: PyTree, behind: PyTree, by: jax.typing.ArrayLike) -> PyTree:
+    """``(ahead - behind) / by`` in the dtypes of ``ahead``, leaf by leaf."""
+
     def leaf(a: jax.Array, b: jax.Array) -> jax.Array:
         if not hasattr(a, "dtype"):
             return (a - b) / by

@@ -3,7 +3,9 @@
 * ``rademacher``: signs; the default, cheapest to draw and least variance;
 * ``normal``: Gaussian entries; one more ‖g‖² of variance on either side;
 * ``sphere``: Gaussian directions of one length;
-* ``orthonormal``, ``coordinate``: frames; a whole one has no variance left.
+* ``orthonormal``, ``coordinate``: frames; a whole one has no variance left;
+* ``hadamard``: a frame of signs, as cheap as signs;
+* ``Antithetic(noise=…)``: each direction of another noise both ways.
 
 Cost: a random number an entry (a bit an entry for signs), and the square of the size
 for ``orthonormal``. Not differentiable in the key; nothing else is an argument.
@@ -23,7 +25,18 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-__all__ = ["Noise", "coordinate", "normal", "orthonormal", "rademacher", "sphere"]
+from rbpjax._core.strategy import function, strategy
+
+__all__ = [
+    "Antithetic",
+    "Noise",
+    "coordinate",
+    "hadamard",
+    "normal",
+    "orthonormal",
+    "rademacher",
+    "sphere",
+]
 
 
 class Noise(Protocol):
@@ -165,8 +178,9 @@ def orthonormal(
     """Draws the rows of one random orthogonal matrix, times √d.
 
     With ``num_samples = size`` (or a multiple) and ``Exact()`` the gradient has no
-    variance left: it is exact. Fewer samples waste nothing on overlap. The memory is
-    that of the matrix, size²: for small problems and for tests.
+    variance left: it is exact. Fewer samples waste nothing on overlap: the variance of
+    K ≤ d of them is (d / K - 1) ‖g‖². The memory is that of the matrix, size²: for
+    small problems and for tests. ``hadamard`` is for large ones.
 
     Args:
       key: PRNG key.
@@ -193,6 +207,87 @@ def orthonormal(
     wide = jnp.float32 if half else dtype
     frame = jax.random.orthogonal(key, size, dtype=wide)[indices % size] * size**0.5
     return frame.astype(dtype)
+
+
+def hadamard(
+    key: jax.Array, indices: jax.Array, size: int, dtype: jnp.dtype
+) -> jax.Array:
+    """Draws orthogonal signs: the rows of a Hadamard matrix, columns flipped at random.
+
+    Row i has the signs (-1)^popcount(i & j) s_j, s random signs. Let N be the power of
+    two from ``size`` on. With ``num_samples`` = N (or a multiple) and ``Exact()`` the
+    gradient has no variance left. Where ``size`` = N all directions are orthogonal, and
+    the variance of K ≤ d samples is (d / K - 1) ‖g‖², as that of ``orthonormal``; else
+    they are nearly so. No matrix is made: an entry costs as much as one of
+    ``rademacher``.
+
+    Args:
+      key: PRNG key.
+      indices: numbers of the samples, ``[k]``; after N new signs s are drawn.
+      size: dimensions d of a direction.
+      dtype: ignored.
+
+    Returns:
+      Directions, ``[k, size]``, int8 entries ±1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from rbpjax import perturb
+      >>> v = perturb.noise.hadamard(jax.random.key(0), jnp.arange(4), 4, jnp.float32)
+      >>> (v @ v.T).tolist()
+      [[4, 0, 0, 0], [0, 4, 0, 0], [0, 0, 4, 0], [0, 0, 0, 4]]
+
+    References:
+      Choromanski et al., "Structured Evolution with Compact Architectures for Scalable
+      Policy Optimization", ICML 2018: one block of its HD products.
+    """
+    rows = 1 << max(size - 1, 0).bit_length()
+    numbers = indices.astype(jnp.uint32)
+    columns = jnp.arange(size, dtype=jnp.uint32)
+    both = jnp.broadcast_arrays((numbers % rows)[:, None], columns[None])
+    odd = jax.lax.population_count(jnp.bitwise_and(*both)) & 1
+    return (1 - 2 * odd.astype(jnp.int8)) * rademacher(
+        key, numbers // rows, size, dtype
+    )
+
+
+@strategy
+class Antithetic:
+    """Draws each direction of another noise both ways: v, then -v.
+
+    With ``OneSided`` and an even number of samples curvature cancels in every pair, as
+    in ``Central``, and the clean pass is of no account. Where the derivative is exact,
+    -v tells what v has told: the variance of K samples is that of K / 2.
+
+    Attributes:
+      noise: how the directions are drawn: one of ``perturb.noise``, or a callable.
+
+    Raises:
+      ValueError: ``noise`` is no callable.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from rbpjax import perturb
+      >>> both = perturb.noise.Antithetic()
+      >>> v = both(jax.random.key(0), jnp.arange(4), 7, jnp.float32)
+      >>> bool(jnp.all(v[0] == -v[1])), bool(jnp.all(v[2] == -v[3]))
+      (True, True)
+
+    References:
+      Salimans et al., "Evolution Strategies as a Scalable Alternative to Reinforcement
+      Learning", https://arxiv.org/abs/1703.03864, section 2.1: mirrored sampling.
+    """
+
+    noise: Noise = function(
+        default=rademacher, meaning="a callable such as perturb.noise.rademacher"
+    )
+
+    def __call__(
+        self, key: jax.Array, indices: jax.Array, size: int, dtype: jnp.dtype
+    ) -> jax.Array:
+        """Returns the directions of those samples."""
+        v = self.noise(key, indices // 2, size, dtype)
+        return v * (1 - 2 * (indices % 2).astype(v.dtype))[:, None]
 
 
 def coordinate(

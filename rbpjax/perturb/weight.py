@@ -26,6 +26,13 @@ from rbpjax.perturb.samples import (
     weighted_sum,
     widest,
 )
+from rbpjax.perturb.seeded import (
+    SeededDescent,
+    SeededPerturbation,
+    seeded_gradient,
+    seeded_slopes,
+    seeded_sum,
+)
 from rbpjax.types import PyTree
 
 
@@ -111,18 +118,21 @@ class PerturbedValueAndGrad(Protocol):
 
 
 def value_and_grad(
-    loss: Callable[..., PyTree], rule: WeightPerturbation, *, has_aux: bool = False
+    loss: Callable[..., PyTree],
+    rule: WeightPerturbation | SeededPerturbation,
+    *,
+    has_aux: bool = False,
 ) -> PerturbedValueAndGrad:
     """Makes a function that returns a loss and its perturbation gradient.
 
     As ``jax.value_and_grad(loss)`` with a key before the arguments, and without a
-    backward pass: see ``WeightPerturbation`` for what it estimates, at what cost and
-    memory. Works under ``jit``, ``vmap`` and ``scan``; not made to be differentiated.
-    A loss that is not finite makes the gradient not finite, and is returned as it is.
+    backward pass: see the rule for what it estimates, at what cost and memory. Works
+    under ``jit``, ``vmap`` and ``scan``; not made to be differentiated. A loss that is
+    not finite makes the gradient not finite, and is returned as it is.
 
     Args:
       loss: ``loss(params, *args, **kwargs) -> scalar``, or ``(scalar, aux)``.
-      rule: a ``WeightPerturbation``.
+      rule: a ``WeightPerturbation`` or a ``SeededPerturbation``.
       has_aux: whether ``loss`` returns a pair; aux is that of the clean pass.
 
     Returns:
@@ -130,7 +140,7 @@ def value_and_grad(
       grads)``; grads have the structure, shapes and dtypes of ``params``.
 
     Raises:
-      ValueError: ``rule`` is no ``WeightPerturbation`` or draws at every step; when
+      ValueError: ``rule`` is none of those or draws at every step; when
         called, if ``key`` is no PRNG key, ``loss`` returns no floating-point scalar, a
         leaf of ``params`` is not floating-point, or a callable of the rule does not
         return the shapes that it should.
@@ -149,12 +159,13 @@ def value_and_grad(
       Züge, Klos, Memmesheimer, "Weight versus Node Perturbation Learning in Temporally
       Extended Tasks", PRX 13, 021006, 2023.
     """
-    if not isinstance(rule, WeightPerturbation):
+    if not isinstance(rule, WeightPerturbation | SeededPerturbation):
         raise ValueError(
-            "`rule` must be a WeightPerturbation, which works on any loss; got "
-            f"{rule!r}. Node rules need a cell: recurrent_value_and_grad."
+            "`rule` must be a WeightPerturbation or a SeededPerturbation, which work "
+            f"on any loss; got {rule!r}. Node rules need a cell: "
+            "recurrent_value_and_grad."
         )
-    if rule.every_step:
+    if isinstance(rule, WeightPerturbation) and rule.every_step:
         raise ValueError(
             "`rule` with every_step=True needs the steps: recurrent_value_and_grad."
         )
@@ -163,23 +174,105 @@ def value_and_grad(
         key: jax.Array, params: PyTree, *args: PyTree, **kwargs: PyTree
     ) -> tuple[PyTree, PyTree]:
         check_key(key)
-        params, args, kwargs = spread(rule, (check_params(params), args, kwargs))
+        params = check_params(params)
+        if isinstance(rule, WeightPerturbation):
+            params, args, kwargs = spread(rule, (params, args, kwargs))
         full = lambda p: loss(p, *args, **kwargs)
         scalar = (lambda p: full(p)[0]) if has_aux else full
-        shape = jax.eval_shape(scalar, params)
-        scalar_shape = getattr(shape, "shape", None) == ()
-        if not scalar_shape or not jnp.issubdtype(shape.dtype, jnp.floating):
-            raise ValueError(
-                "`loss` must return a scalar, a floating-point one; got "
-                f"{shape}. Take the mean, or say "
-                "has_aux=True if it returns (loss, auxiliary)."
-            )
+        _check_scalar(scalar, params)
         result = full(params)
         clean = result[0] if has_aux else result
+        if isinstance(rule, SeededPerturbation):
+            return result, seeded_gradient(rule, key, params, scalar, clean)
         found = result, weight_gradient(rule, key, params, scalar, clean)
         return joined(rule, found)
 
     return estimate
+
+
+def seeded_descent(
+    loss: Callable[..., jax.Array], rule: SeededPerturbation
+) -> SeededDescent:
+    """Makes a function that takes a step of gradient descent without a gradient.
+
+        θ ← θ - rate × mean over samples of  v (L(θ + σv) - L(θ)) / σ
+
+    The estimate is that of ``value_and_grad(loss, rule)``, unbiased as there, but it is
+    added to the parameters while it is drawn, leaf by leaf, and never stored. Where the
+    caller gives the parameters away (``jax.jit(…, donate_argnums=1)``), the memory of
+    training is that of one perturbed pass beside the parameters.
+
+    Departs from the paper in one point: perturbed parameters are computed from the
+    clean ones, and not changed in place and back, which would leave rounding in them.
+
+    Cost: clean pass, and samples × the cost of ``difference``, and every direction
+    twice; memory the perturbed parameters, whatever the number of samples. Works under
+    ``jit``, ``vmap`` and ``scan``; not made to be differentiated.
+
+    Args:
+      loss: ``loss(params, *args, **kwargs) -> scalar``.
+      rule: a ``SeededPerturbation``.
+
+    Returns:
+      ``f(key, params, rate, *args, **kwargs) -> (value, params)``: the loss before the
+      step, and the parameters after it, in their structure, shapes and dtypes.
+
+    Raises:
+      ValueError: ``rule`` is no ``SeededPerturbation``; when called, as
+        ``value_and_grad``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from rbpjax import perturb
+      >>> rule = perturb.SeededPerturbation(num_samples=4)
+      >>> step = perturb.seeded_descent(lambda w: jnp.sum((w - 1) ** 2), rule)
+      >>> w, losses = jax.lax.scan(
+      ...     lambda w, key: step(key, w, 0.05)[::-1],
+      ...     jnp.zeros((3, 4)),
+      ...     jax.random.split(jax.random.key(0), 200),
+      ... )
+      >>> bool(jnp.sum((w - 1) ** 2) < 1e-3)
+      True
+
+    References:
+      Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", NeurIPS
+      2023, https://arxiv.org/abs/2305.17333, Algorithm 1.
+    """
+    if not isinstance(rule, SeededPerturbation):
+        raise ValueError(
+            f"`rule` must be a SeededPerturbation; got {rule!r}. Of others take the "
+            "gradient: value_and_grad."
+        )
+
+    def descend(
+        key: jax.Array,
+        params: PyTree,
+        rate: jax.typing.ArrayLike,
+        *args: PyTree,
+        **kwargs: PyTree,
+    ) -> tuple[jax.Array, PyTree]:
+        check_key(key)
+        params = check_params(params)
+        full = lambda p: loss(p, *args, **kwargs)
+        _check_scalar(full, params)
+        clean = full(params)
+        weights = seeded_slopes(rule, key, params, full, clean)
+        weights = -jnp.asarray(rate, weights.dtype) * weights
+        return clean, seeded_sum(rule, key, weights, params)
+
+    return descend
+
+
+def _check_scalar(loss: Callable[[PyTree], jax.Array], params: PyTree) -> None:
+    """Raises ValueError unless the loss is a floating-point scalar."""
+    shape = jax.eval_shape(loss, params)
+    scalar_shape = getattr(shape, "shape", None) == ()
+    if not scalar_shape or not jnp.issubdtype(shape.dtype, jnp.floating):
+        raise ValueError(
+            "`loss` must return a scalar, a floating-point one; got "
+            f"{shape}. Take the mean, or say "
+            "has_aux=True if it returns (loss, auxiliary)."
+        )
 
 
 def weight_gradient(

@@ -81,3 +81,55 @@ def test_what_cannot_be_shared_out_is_refused():
         call(*data())
     with pytest.raises(ValueError, match="axis_name"):
         perturb.NodePerturbation(axis_name=3)
+
+
+STREAMED = {
+    "pes": perturb.pes,
+    "nres": perturb.nres,
+    "truncated_es": perturb.truncated_es,
+}
+
+
+@pytest.mark.full
+@vma
+@pytest.mark.parametrize("name", rows(STREAMED.keys(), ["pes"]))
+def test_sequences_over_devices(name, check_vma):
+    """Eight sequences, each on a device, in a loop over windows: as under vmap."""
+    f, loss = lambda w, x, h: jnp.tanh(w @ h + x), lambda w, h, y: jnp.sum(h**2)
+    est, w = (
+        STREAMED[name](f, loss, num_samples=2),
+        jnp.array([[0.5, 0.2], [-0.3, 0.1]]),
+    )
+
+    def one(key, x):
+        body = lambda carry, k: est.step(w, carry, x, None, est.noise(k, carry))
+        keys = jax.random.split(key, 3)
+        return jax.lax.scan(body, est.init(w, 0 * x[0]), keys)[1].grads
+
+    keys, xs = jax.random.split(jax.random.key(0), 8), data()[1].swapaxes(0, 1)
+    across = jax.shard_map(
+        jax.vmap(one),
+        mesh=mesh(),
+        in_specs=P("d"),
+        out_specs=P("d"),
+        check_vma=check_vma,
+    )
+    # A quotient of differences of 1e-6 magnifies rounding.
+    assert_close(jax.jit(across)(keys, xs), jax.jit(jax.vmap(one))(keys, xs), 1e-8)
+
+
+@pytest.mark.full
+@vma
+def test_seeded_directions_on_devices(check_vma):
+    """A key a device: the estimates of one after another."""
+    exact = perturb.difference.Exact()
+    rule = perturb.SeededPerturbation(num_samples=3, rank=1, difference=exact)
+    loss = lambda w, x: jnp.sum(jnp.tanh(x @ w))
+    f = perturb.value_and_grad(loss, rule)
+    w, xs = jnp.array([[0.5, 0.2], [-0.3, 0.1]]), data()[1].swapaxes(0, 1)
+    many = jax.vmap(lambda key, x: f(key, w, x)[1])
+    keys = jax.random.split(jax.random.key(0), 8)
+    across = jax.shard_map(
+        many, mesh=mesh(), in_specs=P("d"), out_specs=P("d"), check_vma=check_vma
+    )
+    assert_close(jax.jit(across)(keys, xs), jax.jit(many)(keys, xs), 1e-12)
