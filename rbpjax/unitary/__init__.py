@@ -2,6 +2,7 @@
 
 * ``UnitaryCell`` is the step, over the kernels of ``conv_exp``;
 * ``recomputed_scan`` runs any step over time, to be differentiated without its history;
+* ``Coupling``, ``Leapfrog``, ``Momentum`` make steps of pairs that have an inverse;
 * ``activation`` holds nonlinearities, ``history`` the ways back and their report.
 
 Example:
@@ -20,11 +21,15 @@ from rbpjax.unitary.cell import CellParams, CellWeights, UnitaryCell
 from rbpjax.unitary.expm import expm_skew
 from rbpjax.unitary.kernel import FourierKernel, conv_exp, fourier_kernel
 from rbpjax.unitary.recompute import recomputed_scan
+from rbpjax.unitary.reversible import Coupling, Leapfrog, Momentum
 
 __all__ = [
     "CellParams",
     "CellWeights",
+    "Coupling",
     "FourierKernel",
+    "Leapfrog",
+    "Momentum",
     "UnitaryCell",
     "activation",
     "conv_exp",
