@@ -191,6 +191,7 @@ GIVEN = {
     "second": lambda params, inputs, a: a,
     "force": lambda params, inputs, q: -q,
     "dt": 0.1,
+    "size": 4,
     "kernel": lambda params: params[None],
     "features": lambda x, h: h,
     "activate": lambda z, h: jnp.tanh(z[0]),

@@ -1,6 +1,8 @@
 """Norm-preserving recurrence: unitary convolutions, history recomputed backwards.
 
 * ``UnitaryCell`` is the step, over the kernels of ``conv_exp``;
+* ``DenseCell`` is the dense one, over ``orthogonal_exp``, ``orthogonal_cayley`` or
+  ``orthogonal_householder``;
 * ``recomputed_scan`` runs any step over time, to be differentiated without its history;
 * ``Coupling``, ``Leapfrog``, ``Momentum`` make steps of pairs that have an inverse;
 * ``activation`` holds nonlinearities, ``history`` the ways back and their report.
@@ -18,8 +20,14 @@ Example:
 
 from rbpjax.unitary import activation, history
 from rbpjax.unitary.cell import CellParams, CellWeights, UnitaryCell
+from rbpjax.unitary.dense import DenseCell, DenseParams
 from rbpjax.unitary.expm import expm_skew
 from rbpjax.unitary.kernel import FourierKernel, conv_exp, fourier_kernel
+from rbpjax.unitary.orthogonal import (
+    orthogonal_cayley,
+    orthogonal_exp,
+    orthogonal_householder,
+)
 from rbpjax.unitary.recompute import recomputed_scan
 from rbpjax.unitary.reversible import Coupling, Leapfrog, Momentum
 
@@ -27,6 +35,8 @@ __all__ = [
     "CellParams",
     "CellWeights",
     "Coupling",
+    "DenseCell",
+    "DenseParams",
     "FourierKernel",
     "Leapfrog",
     "Momentum",
@@ -36,5 +46,8 @@ __all__ = [
     "expm_skew",
     "fourier_kernel",
     "history",
+    "orthogonal_cayley",
+    "orthogonal_exp",
+    "orthogonal_householder",
     "recomputed_scan",
 ]

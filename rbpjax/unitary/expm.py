@@ -125,9 +125,9 @@ def skew(w: jax.Array) -> jax.Array:
 
 
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a b of the last two axes.
+    """The matrix product of the last two axes.
 
-    On CPU many small ones as a loop over sums of outer products, each over the whole
+    On CPU many small ones are a loop over sums of outer products, each over the whole
     batch, as XLA would multiply matrix by matrix.
     """
     size = a.shape[-1]
@@ -146,7 +146,7 @@ def product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def polished(u: jax.Array) -> jax.Array:
     """One Newton step to the nearest unitary matrix: a distance d becomes 3d²/8."""
-    return u - product(u, product(adjoint(u), u) - _one(u)) / 2
+    return u - product(u, product(adjoint(u), u) - one_like(u)) / 2
 
 
 def orthogonalized(u: jax.Array) -> jax.Array:
@@ -160,13 +160,14 @@ def orthogonalized(u: jax.Array) -> jax.Array:
     return q * signs.astype(q.dtype)[..., None, :]
 
 
-def _one(s: jax.Array) -> jax.Array:
+def one_like(s: jax.Array) -> jax.Array:
+    """The unit matrix, as often as ``s`` has matrices."""
     return jnp.broadcast_to(jnp.eye(s.shape[-1], dtype=s.dtype), s.shape)
 
 
 def _wide(s: jax.Array) -> bool:
     """Whether the polynomials must be right to float64."""
-    return jnp.finfo(s.dtype).eps < 1e-10
+    return bool(jnp.finfo(s.dtype).eps < 1e-10)
 
 
 def _scaled(s: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -192,7 +193,7 @@ def _taylor(s: jax.Array) -> jax.Array:
     Stockmeyer): 4 or 6 products.
     """
     width = 4 if _wide(s) else 3
-    powers = [_one(s), s]
+    powers = [one_like(s), s]
     while len(powers) <= width:
         powers.append(product(powers[-1], s))
     inverse = lambda n: 1 / math.factorial(n)
@@ -215,18 +216,19 @@ def _pade(s: jax.Array) -> jax.Array:
     c = [ratio * math.comb(order, j) * fact(2 * order - j) for j in range(order + 1)]
     c = [x / fact(order) for x in c]
     square = product(s, s)
-    powers = [_one(s), square]
+    powers = [one_like(s), square]
     while len(powers) <= order // 2:
         powers.append(product(powers[-1], square))
-    even = sum(a * p for a, p in zip(c[2::2], powers[1:], strict=False)) + _one(s)
-    odd = sum(a * p for a, p in zip(c[1::2], powers, strict=False))
+    zero = jnp.zeros_like(s)
+    even = sum((a * p for a, p in zip(c[::2], powers, strict=False)), zero)
+    odd = sum((a * p for a, p in zip(c[1::2], powers, strict=False)), zero)
     odd = product(s, odd)
     return jnp.linalg.solve(even - odd, even + odd)
 
 
 def _exp(s: jax.Array, *, method: str) -> jax.Array:
     if method == "eigh":
-        theta, v = _angles(s)
+        theta, v = angles(s)
         u = product(v * cis(theta)[..., None, :], adjoint(v))
         return polished(u if jnp.iscomplexobj(s) else orthogonalized(u.real))
     small, k = _scaled(s)
@@ -238,7 +240,7 @@ def _exp(s: jax.Array, *, method: str) -> jax.Array:
     return polished(jax.lax.fori_loop(0, jnp.max(k, initial=0), square, start))
 
 
-def _angles(s: jax.Array) -> tuple[jax.Array, jax.Array]:
+def angles(s: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(θ, V) with S = V (i diag θ) Vᴴ."""
     rotated = -1j * s if jnp.iscomplexobj(s) else jax.lax.complex(0 * s, -s)
     theta, v = jnp.linalg.eigh(rotated)
@@ -257,7 +259,7 @@ def _expm_by_squaring(s: jax.Array) -> jax.Array:
     """
     norm = jnp.max(jnp.sum(jnp.abs(jax.lax.stop_gradient(s)), -2), -1)
     k = jnp.maximum(0, jnp.floor(jnp.log2(norm)) + 2)[..., None, None]
-    one = _one(s)
+    one = one_like(s)
     small = s * jnp.where(k > _SQUARINGS, jnp.nan, 2.0**-k).astype(s.dtype)
     # 2⁻ⁿ/n! < 1e-17 for n = 14.
     horner = lambda u, n: (one + small @ u / n, None)
@@ -269,7 +271,7 @@ def _expm_by_squaring(s: jax.Array) -> jax.Array:
 def _frechet(s: jax.Array, e: jax.Array, *, method: str) -> jax.Array:
     """L(S, E), for any number of leading axes of E that S does not have."""
     if method == "eigh":
-        theta, v = _angles(s)
+        theta, v = angles(s)
         lead = (1,) * (e.ndim - s.ndim)
         theta, v = theta.reshape(lead + theta.shape), v.reshape(lead + v.shape)
         mean = (theta[..., :, None] + theta[..., None, :]) / 2
@@ -335,20 +337,25 @@ def _frechet_batch(args: Any, axes: Any, *, method: str) -> tuple[jax.Array, int
     return _frechet_p.bind(s, e, method=method), 0
 
 
-def _primitive(name: str, f: Callable, like: int) -> Primitive:
-    """A primitive for ``f``, whose result is like its argument number ``like``."""
+def primitive(
+    name: str, f: Callable, like: int = 0, static: tuple[str, ...] = ()
+) -> Primitive:
+    """A primitive for ``f``, whose result is like its argument number ``like``.
+
+    Its rules are the caller's; the keywords ``static`` are static.
+    """
     made = Primitive(name)
-    made.def_impl(jax.jit(f, static_argnames="method"))
-    made.def_abstract_eval(lambda *args, method: args[like])
+    made.def_impl(jax.jit(f, static_argnames=static))
+    made.def_abstract_eval(lambda *args, **_: args[like])
     mlir.register_lowering(made, mlir.lower_fun(f, multiple_results=False))
     return made
 
 
-_exp_p = _primitive("expm_skew", _exp, 0)
+_exp_p = primitive("expm_skew", _exp, static=("method",))
 ad.primitive_jvps[_exp_p] = _exp_jvp
 batching.primitive_batchers[_exp_p] = _exp_batch
 
-_frechet_p = _primitive("expm_skew_frechet", _frechet, 1)
+_frechet_p = primitive("expm_skew_frechet", _frechet, 1, ("method",))
 ad.primitive_jvps[_frechet_p] = _frechet_jvp
 ad.primitive_transposes[_frechet_p] = _frechet_transpose
 batching.primitive_batchers[_frechet_p] = _frechet_batch
