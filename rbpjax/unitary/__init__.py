@@ -5,6 +5,7 @@
   ``orthogonal_householder``;
 * ``recomputed_scan`` runs any step over time, to be differentiated without its history;
 * ``Coupling``, ``Leapfrog``, ``Momentum`` make steps of pairs that have an inverse;
+* lattices are periodic or reflect at their edges (``boundary``);
 * ``activation`` holds nonlinearities, ``history`` the ways back and their report.
 
 Example:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from rbpjax._core.keys import check_key
 from rbpjax._core.strategy import REQUIRED, count, option, strategy, switch
 from rbpjax.unitary.activation import Activation, saturate
-from rbpjax.unitary.kernel import FourierKernel, conv_exp
+from rbpjax.unitary.kernel import BOUNDARIES, FourierKernel, conv_exp
 
 
 def _is_lattice(value: object) -> bool:
@@ -96,13 +96,15 @@ class UnitaryCell:
     one product with the encoder. AD modes: all.
 
     Attributes:
-      lattice: sizes of the periodic lattice, one to three of them.
+      lattice: sizes of the lattice, one to three of them.
       channels: number of channels, or None for fields without a channel axis.
       complex_valued: whether the fields and the kernel are complex.
       activation: φ, one of ``rbpjax.unitary.activation``, or an `Activation`.
+      boundary: "periodic", or "even" or "odd" for a lattice that reflects at its edges,
+        see `conv_exp`.
 
     Raises:
-      ValueError: when made with a lattice or a channel number that is none.
+      ValueError: when made with a lattice, a channel number or a boundary that is none.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -131,6 +133,11 @@ class UnitaryCell:
         default=saturate,
         check=lambda value: isinstance(value, Activation),
         meaning="an Activation, such as activation.saturate",
+    )
+    boundary: str = option(
+        default="periodic",
+        check=lambda value: value in BOUNDARIES,
+        meaning=f"one of {', '.join(map(repr, BOUNDARIES))}",
     )
 
     @property
@@ -187,7 +194,7 @@ class UnitaryCell:
         Differentiable in every AD mode; the gradient reaches the real leaves.
         """
         joined = join_weights(weights, self.complex_valued)
-        kernel = conv_exp(joined.kernel, self.lattice)
+        kernel = conv_exp(joined.kernel, self.lattice, boundary=self.boundary)
         return CellParams(kernel, joined.encoder, joined.decoder, joined.bias)
 
     def __call__(
@@ -255,6 +262,11 @@ class UnitaryCell:
             raise ValueError(
                 f"`params` must be of a {word} cell, as this one is; got those of "
                 "another. Prepare the weights with this cell."
+            )
+        if kernel.boundary != self.boundary:
+            raise ValueError(
+                f"`params` must be of a cell whose boundary is {self.boundary!r}; got "
+                f"{kernel.boundary!r}. Prepare the weights with this cell."
             )
         if not self.complex_valued:
             check_real(h, "h")
