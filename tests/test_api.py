@@ -192,6 +192,8 @@ GIVEN = {
     "force": lambda params, inputs, q: -q,
     "dt": 0.1,
     "size": 4,
+    "cell": rbpjax.unitary.DenseCell(size=4),
+    "fading": 2,
     "kernel": lambda params: params[None],
     "features": lambda x, h: h,
     "activate": lambda z, h: jnp.tanh(z[0]),

@@ -3,6 +3,7 @@
 * ``UnitaryCell`` is the step, over the kernels of ``conv_exp``;
 * ``DenseCell`` is the dense one, over ``orthogonal_exp``, ``orthogonal_cayley`` or
   ``orthogonal_householder``;
+* ``MixedCell`` puts units that forget beside either of them;
 * ``recomputed_scan`` runs any step over time, to be differentiated without its history;
 * ``Coupling``, ``Leapfrog``, ``Momentum`` make steps of pairs that have an inverse;
 * lattices are periodic or reflect at their edges (``boundary``);
@@ -24,6 +25,7 @@ from rbpjax.unitary.cell import CellParams, CellWeights, UnitaryCell
 from rbpjax.unitary.dense import DenseCell, DenseParams
 from rbpjax.unitary.expm import expm_skew
 from rbpjax.unitary.kernel import FourierKernel, conv_exp, fourier_kernel
+from rbpjax.unitary.mixed import MixedCell, MixedParams, MixedState, MixedWeights
 from rbpjax.unitary.orthogonal import (
     orthogonal_cayley,
     orthogonal_exp,
@@ -40,6 +42,10 @@ __all__ = [
     "DenseParams",
     "FourierKernel",
     "Leapfrog",
+    "MixedCell",
+    "MixedParams",
+    "MixedState",
+    "MixedWeights",
     "Momentum",
     "UnitaryCell",
     "activation",
