@@ -7,6 +7,7 @@
 * ``recomputed_scan`` runs any step over time, to be differentiated without its history;
 * ``Coupling``, ``Leapfrog``, ``Momentum`` make steps of pairs that have an inverse;
 * lattices are periodic or reflect at their edges (``boundary``);
+* ``graph_exp`` is unitary convolution on a graph, over ``normalized_adjacency``;
 * ``activation`` holds nonlinearities, ``history`` the ways back and their report.
 
 Example:
@@ -24,6 +25,7 @@ from rbpjax.unitary import activation, history
 from rbpjax.unitary.cell import CellParams, CellWeights, UnitaryCell
 from rbpjax.unitary.dense import DenseCell, DenseParams
 from rbpjax.unitary.expm import expm_skew
+from rbpjax.unitary.graph import graph_exp, normalized_adjacency
 from rbpjax.unitary.kernel import FourierKernel, conv_exp, fourier_kernel
 from rbpjax.unitary.mixed import MixedCell, MixedParams, MixedState, MixedWeights
 from rbpjax.unitary.orthogonal import (
@@ -52,7 +54,9 @@ __all__ = [
     "conv_exp",
     "expm_skew",
     "fourier_kernel",
+    "graph_exp",
     "history",
+    "normalized_adjacency",
     "orthogonal_cayley",
     "orthogonal_exp",
     "orthogonal_householder",
