@@ -167,7 +167,8 @@ class UnitaryCell:
           inputs: size of the input vectors; None if inputs are fields.
           outputs: size of the output vectors; None for no read-out.
           scale: root mean square of the rotation angles ω (the eigenvalues of Â) in
-            radians; 1/√2 of it for real cells.
+            radians; 1/√2 of it for real cells, and about 1/√2 an axis where the
+            boundary reflects.
 
         Returns:
           `CellWeights`; encoder and decoder are normalised to keep unit variance.
