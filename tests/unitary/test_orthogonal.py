@@ -55,7 +55,7 @@ def weights(kind, rows, columns, seed=0):
 def test_equals_its_formula(name, kind):
     """To a few roundings of ‖W‖ ~ 5, of odd and even size; batches are their rows."""
     make, oracle = ORACLES[name]
-    for rows, columns in ((5, 5), (6, 6), (1, 1), (2, 7), (4, 4)):
+    for rows, columns in ((5, 5), (1, 1), (2, 7), (4, 4)):
         if name != "householder" and rows != columns:
             continue
         w = weights(kind, rows, columns)
@@ -197,7 +197,11 @@ def problem(name, kind, steps):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("exp", "complex"), ("cayley", "real"), ("householder", "complex")],
+    [
+        ("cayley", "real"),
+        pytest.param("exp", "complex", marks=pytest.mark.full),
+        pytest.param("householder", "complex", marks=pytest.mark.full),
+    ],
 )
 def test_norms_and_recomputed_gradients_over_1000_steps(name, kind):
     """The linear cell keeps ‖h‖ and ‖∂L/∂h₀‖; gradients are the stored ones."""
