@@ -307,6 +307,7 @@ def unitary_tables() -> str:
     titles = {
         "copying": "Copying memory",
         "adding": "The adding problem",
+        "adding-long": "The adding problem, four times as long",
         "digits": "Digits, pixel by pixel",
         "norms": "What is left of a state and of a gradient after the last step",
         "memory": "Memory, time and error of the gradient by history",
@@ -319,6 +320,8 @@ def unitary_tables() -> str:
         options, facts = result["options"], ""
         if part == "copying":
             facts = f"Delay {options['delay']:,}. "
+        if part == "adding-long":
+            facts = f"Length {options['long']}. "
         if "memoryless" in result:
             facts += (
                 f"{len(options['seeds'])} seeds; without memory the loss is "

@@ -60,6 +60,7 @@ LOOKS: Mapping[str, tuple[str, Any]] = {
     "unitary conv., linear": ("C2", "-"),
     "unitary conv., φ": ("C4", "-"),
     "unitary conv., modulus": ("C3", "-"),
+    "orthogonal + fading units": ("C0", "-"),
     "dense expRNN": ("C5", "--"),
     "LSTM": ("0.4", "--"),
     "stored": ("C0", "-"),

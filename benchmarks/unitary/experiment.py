@@ -3,7 +3,8 @@
 Parts: `cost` (is the parametrisation as cheap as one iteration?), `norms` (state and
 gradient over 10,000 steps, against plain and orthogonally initialised convolutional
 RNNs), `memory` (stored, checkpointed and recomputed histories against T), and the
-tasks `copying`, `adding` and `digits` against an LSTM and a dense expRNN.
+tasks `copying`, `adding` and `digits` against an LSTM and a dense expRNN; and
+`adding-long`, the adding problem at four times the length.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from benchmarks.unitary.learning import Training, learn
 from benchmarks.unitary.report import TITLES
 from rbpjax.unitary.activation import Activation, identity, modulus, saturate
 
-PARTS = ("cost", "norms", "memory", "copying", "adding", "digits")
+PARTS = ("cost", "norms", "memory", "copying", "adding", "adding-long", "digits")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +34,9 @@ class Unitary:
     name: ClassVar[str] = "unitary"
 
     parts: Annotated[tuple[str, ...], OneOf(PARTS)] = PARTS
-    """Any of cost, norms, memory, copying, adding, digits; one result file each."""
+    """Any of cost, norms, memory and the tasks; one result file each."""
     networks: Annotated[tuple[str, ...], OneOf(TITLES)] = tuple(TITLES)
-    """Networks of the tasks: linear, saturating, modulus, exprnn, lstm."""
+    """Networks of the tasks, as far as a task has a plan for them."""
     seeds: Seeds = (0, 1)
     """Seeds of weights and data."""
     largest: Annotated[int, Within(16, 4096)] = 512
@@ -46,6 +47,8 @@ class Unitary:
     """Delay of the copying task."""
     length: Annotated[int, Within(4)] = 100
     """Length of the adding problem."""
+    long: Annotated[int, Within(4)] = 400
+    """Its length in `adding-long`."""
     dataset: Dataset = "digits"
     """digits (bundled with scikit-learn) or mnist (downloaded, or in RBPJAX_DATA)."""
     shorten: Annotated[float, Within(0, 1, above=True)] = 1.0
@@ -78,6 +81,7 @@ NETWORKS: dict[str, Callable] = {
     "linear": lambda *args: _unitary(identity, *args),
     "saturating": lambda *args: _unitary(saturate, *args),
     "modulus": lambda *args: _unitary(modulus, *args),
+    "mixed": lambda task, _, scale: networks.mixed(task, 32, 16, scale),
     "exprnn": lambda task, *_: networks.exp_rnn(task, 64),
     "lstm": lambda task, *_: networks.lstm(task, 64),
 }
@@ -95,6 +99,10 @@ PLANS: dict[tuple[str, str], tuple[float, float, Training]] = {
     ("adding", "modulus"): (1.0, 1.8, Training(8000, 32, 1e-2, 1e-3)),
     ("adding", "exprnn"): (1.0, 1.8, Training(3000, 32, 3e-3, 3e-4)),
     ("adding", "lstm"): (1.0, 1.8, Training(3000, 32, 3e-3, 3e-3)),
+    ("adding-long", "linear"): (1.0, 1.8, Training(2000, 32, 1e-2, 1e-3)),
+    ("adding-long", "modulus"): (1.0, 1.8, Training(2000, 32, 1e-2, 1e-3)),
+    ("adding-long", "mixed"): (1.0, 0.05, Training(600, 32, 1e-2, 1e-3)),
+    ("adding-long", "lstm"): (1.0, 1.8, Training(2000, 32, 3e-3, 3e-3)),
     ("digits", "linear"): (1.0, 1.8, Training(2000, 64, 3e-3, 3e-4)),
     ("digits", "saturating"): (1.0, 1.8, Training(2000, 64, 3e-3, 3e-4)),
     ("digits", "modulus"): (1.0, 1.8, Training(2000, 64, 3e-3, 3e-4)),
@@ -107,7 +115,7 @@ def _unitary(activation: Activation, task: Any, gain: float, scale: float) -> An
     return networks.unitary(task, 128, activation, gain, scale)
 
 
-TASKS = ("copying", "adding", "digits")
+TASKS = ("copying", "adding", "adding-long", "digits")
 
 
 def opened(name: str, options: Unitary, fresh: bool = False) -> Checkpoints:
@@ -115,7 +123,8 @@ def opened(name: str, options: Unitary, fresh: bool = False) -> Checkpoints:
 
     Kept by task and plan, so that other networks or seeds may join them.
     """
-    kept = {k: getattr(options, k) for k in ("delay", "length", "dataset", "shorten")}
+    names = ("delay", "length", "long", "dataset", "shorten")
+    kept = {k: getattr(options, k) for k in names}
     kept["plans"] = {n: p for (task, n), p in PLANS.items() if task == name}
     return Checkpoints(f"unitary-{name}", kept, fresh)
 
@@ -125,6 +134,8 @@ def train(name: str, make: Callable, options: Unitary) -> dict[str, Any]:
     checkpoints = opened(name, options, options.fresh)
     result: dict[str, Any] = {}
     for network in options.networks:
+        if (name, network) not in PLANS:
+            continue
         gain, scale, plan = PLANS[name, network]
         short = max(plan.blocks, round(plan.iterations * options.shorten))
         plan = dataclasses.replace(plan, iterations=short)
@@ -175,6 +186,11 @@ MAKERS: dict[str, tuple[Callable, Callable, Callable]] = {
     ),
     "adding": (
         lambda o: train("adding", lambda s: sequences.adding(o.length, s), o),
+        report.task_rows,
+        report.draw_task,
+    ),
+    "adding-long": (
+        lambda o: train("adding-long", lambda s: sequences.adding(o.long, s), o),
         report.task_rows,
         report.draw_task,
     ),

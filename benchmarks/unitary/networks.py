@@ -11,9 +11,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from benchmarks.data.sequences import Task
-from rbpjax.unitary import CellWeights, UnitaryCell, recomputed_scan
+from rbpjax.unitary import (
+    CellWeights,
+    DenseCell,
+    MixedCell,
+    MixedWeights,
+    UnitaryCell,
+    recomputed_scan,
+)
 from rbpjax.unitary.activation import Activation, identity
-from rbpjax.unitary.history import Inverse
+from rbpjax.unitary.history import Inverse, Replay
 
 
 class Network(NamedTuple):
@@ -66,6 +73,31 @@ def unitary(
         return ys if task.every_step else read(h)
 
     slow = lambda w: CellWeights(True, False, False, False)
+    return Network(init, run, slow)
+
+
+def mixed(task: Task, size: int, fading: int, scale: float) -> Network:
+    """A linear orthogonal cell beside rectified units with learnt decays.
+
+    What is kept is as long as it was; what is written is a nonlinear function of the
+    input, which the linear cells above lack. The history is replayed.
+    """
+    cell = MixedCell(cell=DenseCell(size=size, complex_valued=False), fading=fading)
+
+    def init(key: jax.Array) -> MixedWeights:
+        return cell.init(key, inputs=task.inputs, outputs=task.outputs, scale=scale)
+
+    def run(weights: MixedWeights, xs: jax.Array) -> jax.Array:
+        params = cell.prepare(weights)
+        read = lambda h: cell.readout(params, h)
+        emit = (lambda _, x, h: read(h)) if task.every_step else None
+        h, ys = recomputed_scan(
+            cell, params, xs, cell.start(), history=Replay(slots=40), emit=emit
+        )
+        return ys if task.every_step else read(h)
+
+    kernel = CellWeights(True, False, False, False)
+    slow = lambda w: MixedWeights(kernel, False, False, False)
     return Network(init, run, slow)
 
 

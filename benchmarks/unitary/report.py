@@ -13,6 +13,7 @@ TITLES = {
     "linear": "unitary conv., linear",
     "saturating": "unitary conv., φ",
     "modulus": "unitary conv., modulus",
+    "mixed": "orthogonal + fading units",
     "exprnn": "dense expRNN, modReLU",
     "lstm": "LSTM",
 }
@@ -162,6 +163,7 @@ def draw_task(result: dict[str, Any], name: str) -> None:
     words = {
         "copying": f"Copying memory, delay {options['delay']:,}",
         "adding": f"The adding problem, length {options['length']}",
+        "adding-long": f"The adding problem, length {options['long']}",
         "digits": "Digits, pixel by pixel",
     }
     task = name.removeprefix("unitary-").removesuffix("-custom")

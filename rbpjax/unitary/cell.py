@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from rbpjax._core.keys import check_key
 from rbpjax._core.strategy import REQUIRED, count, option, strategy, switch
 from rbpjax.unitary.activation import Activation, saturate
-from rbpjax.unitary.kernel import FourierKernel, conv_exp
+from rbpjax.unitary.kernel import BOUNDARIES, FourierKernel, conv_exp
 
 
 def _is_lattice(value: object) -> bool:
@@ -96,13 +96,15 @@ class UnitaryCell:
     one product with the encoder. AD modes: all.
 
     Attributes:
-      lattice: sizes of the periodic lattice, one to three of them.
+      lattice: sizes of the lattice, one to three of them.
       channels: number of channels, or None for fields without a channel axis.
       complex_valued: whether the fields and the kernel are complex.
       activation: φ, one of ``rbpjax.unitary.activation``, or an `Activation`.
+      boundary: "periodic", or "even" or "odd" for a lattice that reflects at its edges,
+        see `conv_exp`.
 
     Raises:
-      ValueError: when made with a lattice or a channel number that is none.
+      ValueError: when made with a lattice, a channel number or a boundary that is none.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -132,6 +134,11 @@ class UnitaryCell:
         check=lambda value: isinstance(value, Activation),
         meaning="an Activation, such as activation.saturate",
     )
+    boundary: str = option(
+        default="periodic",
+        check=lambda value: value in BOUNDARIES,
+        meaning=f"one of {', '.join(map(repr, BOUNDARIES))}",
+    )
 
     @property
     def field_shape(self) -> tuple[int, ...]:
@@ -160,7 +167,8 @@ class UnitaryCell:
           inputs: size of the input vectors; None if inputs are fields.
           outputs: size of the output vectors; None for no read-out.
           scale: root mean square of the rotation angles ω (the eigenvalues of Â) in
-            radians; 1/√2 of it for real cells.
+            radians; 1/√2 of it for real cells, and about 1/√2 an axis where the
+            boundary reflects.
 
         Returns:
           `CellWeights`; encoder and decoder are normalised to keep unit variance.
@@ -169,27 +177,16 @@ class UnitaryCell:
           ValueError: if ``radius`` is no Python int of at least 0, or ``key`` no PRNG
             key.
         """
-        check_key(key)
         if isinstance(radius, bool) or not isinstance(radius, int) or radius < 0:
             raise ValueError(
                 f"`radius` must be a Python int of at least 0; got {radius!r}."
             )
         window = tuple(min(2 * radius + 1, n) for n in self.lattice)
         square = () if self.channels is None else (self.channels,) * 2
-        size = math.prod(self.field_shape)
-        pair = (2,) if self.complex_valued else ()
-        keys = jax.random.split(key, 3)
-        draw = lambda k, shape, std: std * jax.random.normal(k, (*shape, *pair))
         fan = math.prod(window) * (self.channels or 1)
-        return CellWeights(
-            kernel=draw(keys[0], window + square, scale / math.sqrt(fan)),
-            encoder=None
-            if inputs is None
-            else draw(keys[1], (*self.field_shape, inputs), 1 / math.sqrt(size)),
-            decoder=None
-            if outputs is None
-            else draw(keys[2], (outputs, *self.field_shape), 1 / math.sqrt(size)),
-            bias=None if outputs is None else jnp.zeros(outputs),
+        kernel = window + square, scale / math.sqrt(fan)
+        return draw_weights(
+            key, kernel, self.field_shape, inputs, outputs, self.complex_valued
         )
 
     def prepare(self, weights: CellWeights) -> CellParams:
@@ -197,14 +194,9 @@ class UnitaryCell:
 
         Differentiable in every AD mode; the gradient reaches the real leaves.
         """
-        join = _as_complex if self.complex_valued else lambda w: w
-        optional = lambda w: None if w is None else join(w)
-        return CellParams(
-            kernel=conv_exp(join(weights.kernel), self.lattice),
-            encoder=optional(weights.encoder),
-            decoder=optional(weights.decoder),
-            bias=weights.bias,
-        )
+        joined = join_weights(weights, self.complex_valued)
+        kernel = conv_exp(joined.kernel, self.lattice, boundary=self.boundary)
+        return CellParams(kernel, joined.encoder, joined.decoder, joined.bias)
 
     def __call__(
         self, params: CellParams, inputs: jax.Array | None, h: jax.Array
@@ -251,35 +243,12 @@ class UnitaryCell:
         Raises:
           ValueError: if the cell was initialized without ``outputs``.
         """
-        if params.decoder is None or params.bias is None:
-            raise ValueError("the cell has no read-out; call init(…, outputs=…).")
-        # Re(cz) without the imaginary part of the product.
-        dot = lambda c, z: jnp.tensordot(c, z, z.ndim)
-        out = dot(params.decoder.real, h.real)
-        if self.complex_valued:
-            out = out - dot(params.decoder.imag, h.imag)
-        return out + params.bias
+        return read_out(params, h)
 
     def _drive(self, params: CellParams, inputs: jax.Array | None) -> jax.Array:
-        dtype = params.kernel.hat.real.dtype
-        dtype = params.kernel.hat.dtype if self.complex_valued else dtype
-        if inputs is None:
-            return jnp.zeros((), dtype)
-        inputs = jnp.asarray(inputs)
-        encoder = params.encoder
-        if not self.complex_valued:
-            _check_real(inputs, "inputs")
-        if encoder is None:
-            want, kind = self.field_shape, "a field"
-        else:
-            want, kind = encoder.shape[-1:], "what the encoder takes"
-        if inputs.shape != want:
-            raise ValueError(
-                f"`inputs` must have shape {want}, {kind}; got {inputs.shape}. Use "
-                "jax.vmap for leading batch axes."
-            )
-        drive = inputs if encoder is None else encoder @ inputs.astype(encoder.dtype)
-        return drive.astype(dtype)
+        dtype = params.kernel.hat.dtype
+        dtype = dtype if self.complex_valued else params.kernel.hat.real.dtype
+        return drive(params.encoder, inputs, self.field_shape, dtype)
 
     def _check(self, params: CellParams, h: jax.Array) -> None:
         """Raises ValueError for parameters or a state of another kind of cell."""
@@ -295,11 +264,86 @@ class UnitaryCell:
                 f"`params` must be of a {word} cell, as this one is; got those of "
                 "another. Prepare the weights with this cell."
             )
+        if kernel.boundary != self.boundary:
+            raise ValueError(
+                f"`params` must be of a cell whose boundary is {self.boundary!r}; got "
+                f"{kernel.boundary!r}. Prepare the weights with this cell."
+            )
         if not self.complex_valued:
-            _check_real(h, "h")
+            check_real(h, "h")
 
 
-def _check_real(x: jax.Array, name: str) -> None:
+def draw_weights(
+    key: jax.Array,
+    kernel: tuple[tuple[int, ...], float],
+    field: tuple[int, ...],
+    inputs: int | None,
+    outputs: int | None,
+    complex_valued: bool,
+) -> CellWeights:
+    """Free weights; ``kernel`` is the shape of its part and its standard deviation."""
+    check_key(key)
+    pair = (2,) if complex_valued else ()
+    keys = jax.random.split(key, 3)
+    draw = lambda k, shape, std: std * jax.random.normal(k, (*shape, *pair))
+    unit = 1 / math.sqrt(math.prod(field))
+    return CellWeights(
+        kernel=draw(keys[0], *kernel),
+        encoder=None if inputs is None else draw(keys[1], (*field, inputs), unit),
+        decoder=None if outputs is None else draw(keys[2], (outputs, *field), unit),
+        bias=None if outputs is None else jnp.zeros(outputs),
+    )
+
+
+def join_weights(weights: CellWeights, complex_valued: bool) -> CellWeights:
+    """Weights with the pairs of real numbers of a complex cell joined."""
+    join = _as_complex if complex_valued else lambda w: w
+    optional = lambda w: None if w is None else join(w)
+    return CellWeights(
+        join(weights.kernel),
+        optional(weights.encoder),
+        optional(weights.decoder),
+        weights.bias,
+    )
+
+
+def drive(
+    encoder: jax.Array | None,
+    inputs: jax.Array | None,
+    field: tuple[int, ...],
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """B x, or x itself if there is no encoder, or zero if there are no inputs."""
+    if inputs is None:
+        return jnp.zeros((), dtype)
+    inputs = jnp.asarray(inputs)
+    if not jnp.issubdtype(dtype, jnp.complexfloating):
+        check_real(inputs, "inputs")
+    want, kind = field, "a field"
+    if encoder is not None:
+        want, kind = encoder.shape[-1:], "what the encoder takes"
+    if inputs.shape != want:
+        raise ValueError(
+            f"`inputs` must have shape {want}, {kind}; got {inputs.shape}. Use "
+            "jax.vmap for leading batch axes."
+        )
+    driven = inputs if encoder is None else encoder @ inputs.astype(encoder.dtype)
+    return driven.astype(dtype)
+
+
+def read_out(params: NamedTuple, h: jax.Array) -> jax.Array:
+    """Re(C Z) + bias, without the imaginary part of the product."""
+    decoder, bias = getattr(params, "decoder", None), getattr(params, "bias", None)
+    if decoder is None or bias is None:
+        raise ValueError("the cell has no read-out; call init(…, outputs=…).")
+    dot = lambda c, z: jnp.tensordot(c, z, z.ndim)
+    out = dot(decoder.real, h.real)
+    if jnp.iscomplexobj(h):
+        out = out - dot(decoder.imag, h.imag)
+    return out + bias
+
+
+def check_real(x: jax.Array, name: str) -> None:
     """Raises ValueError for a complex array."""
     if jnp.iscomplexobj(x):
         raise ValueError(

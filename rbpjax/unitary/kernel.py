@@ -6,6 +6,10 @@ channels. A *kernel* is an array [*window] (one channel) or [*window, C, C]
 array [*Λ] or [*Λ, C]. Hats denote discrete Fourier transforms over the lattice axes,
 which turn the convolution (A ⊗ z)(x) = Σ_y A(x - y) z(y) into a product, or into a
 C × C product, at every frequency.
+
+A boundary that reflects is a ring of 2N sites in each axis, on which the field is even,
+z(2N - 1 - x) = z(x), or odd, with a minus sign. A kernel with A(-x) = A(x) in each axis
+keeps it so, and its U is unitary on these fields as on all others.
 """
 
 from __future__ import annotations
@@ -18,28 +22,40 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rbpjax.unitary.expm import adjoint, cis, expm_skew
+from rbpjax.unitary.expm import (
+    adjoint,
+    check_method,
+    cis,
+    expm_skew,
+    orthogonalized,
+    skew,
+)
+
+BOUNDARIES = ("periodic", "even", "odd")
 
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["hat"],
-    meta_fields=["lattice", "real"],
+    meta_fields=["lattice", "real", "boundary"],
 )
 @dataclasses.dataclass(frozen=True)
 class FourierKernel:
-    """A periodic convolution kept in Fourier form; calling it convolves a field.
+    """A convolution kept in Fourier form; calling it convolves a field.
 
-    Exact. Cost of a call: two FFTs of the field, O(C N log N + C² N) for N sites.
+    Exact. Cost of a call: two FFTs of the field, O(C N log N + C² N) for N sites; with
+    a boundary that reflects, of a field of twice the size in each axis.
     Memory: ``hat``, C² numbers a frequency. AD modes: all. A pytree with the one leaf
     ``hat``, so that it passes through every transformation. A call takes one field; use
     `jax.vmap` for a batch.
 
     Attributes:
       hat: the transfer function; complex [*frequencies] or [*frequencies, C, C].
-      lattice: sizes of the periodic lattice.
+      lattice: sizes of the lattice.
       real: whether the kernel is real; then only the half of the spectrum that
         `jnp.fft.rfftn` keeps is stored.
+      boundary: "periodic", or "even" or "odd": then ``hat`` is that of a lattice of
+        twice the size in each axis.
 
     Example:
       >>> import jax.numpy as jnp
@@ -55,6 +71,7 @@ class FourierKernel:
     hat: jax.Array
     lattice: tuple[int, ...]
     real: bool
+    boundary: str = "periodic"
 
     def __call__(self, field: jax.Array) -> jax.Array:
         """The convolution U ⊗ field, of the shape of the field.
@@ -72,10 +89,15 @@ class FourierKernel:
         if self.real and jnp.iscomplexobj(field):
             return jax.lax.complex(self(field.real), self(field.imag))
         axes = range(len(self.lattice))
+        if self.boundary != "periodic":
+            field = self._reflected(field)
         if self.real:
             product = self._multiply(jnp.fft.rfftn(field, axes=axes))
-            return jnp.fft.irfftn(product, s=self.lattice, axes=axes)
-        return jnp.fft.ifftn(self._multiply(jnp.fft.fftn(field, axes=axes)), axes=axes)
+            out = jnp.fft.irfftn(product, s=self._ring, axes=axes)
+        else:
+            product = self._multiply(jnp.fft.fftn(field, axes=axes))
+            out = jnp.fft.ifftn(product, axes=axes)
+        return out[tuple(map(slice, self.lattice))]
 
     def adjoint(self) -> FourierKernel:
         """The adjoint convolution, conj(U(-x))ᵀ: the inverse of a unitary kernel."""
@@ -83,16 +105,31 @@ class FourierKernel:
         return dataclasses.replace(self, hat=hat)
 
     def kernel(self) -> jax.Array:
-        """U itself on the whole lattice, [*Λ] or [*Λ, C, C], offset 0 at index 0."""
+        """U itself on the whole lattice, [*Λ] or [*Λ, C, C], offset 0 at index 0.
+
+        Where the boundary reflects, on the lattice of twice the size.
+        """
         axes = range(len(self.lattice))
         if self.real:
-            return jnp.fft.irfftn(self.hat, s=self.lattice, axes=axes)
+            return jnp.fft.irfftn(self.hat, s=self._ring, axes=axes)
         return jnp.fft.ifftn(self.hat, axes=axes)
 
     @property
     def has_channels(self) -> bool:
         """Whether fields have a channel axis."""
         return self.hat.ndim == len(self.lattice) + 2
+
+    @property
+    def _ring(self) -> tuple[int, ...]:
+        """Sizes of the periodic lattice on which the convolution is done."""
+        twice = 1 if self.boundary == "periodic" else 2
+        return tuple(twice * n for n in self.lattice)
+
+    def _reflected(self, field: jax.Array) -> jax.Array:
+        sign = 1 if self.boundary == "even" else -1
+        for axis in range(len(self.lattice)):
+            field = jnp.concatenate([field, sign * jnp.flip(field, axis)], axis)
+        return field
 
     def _multiply(self, field_hat: jax.Array) -> jax.Array:
         if self.has_channels:
@@ -155,7 +192,13 @@ def fourier_kernel(kernel: jax.Array, lattice: tuple[int, ...]) -> FourierKernel
     return FourierKernel(hat, tuple(lattice), real)
 
 
-def conv_exp(weights: jax.Array, lattice: tuple[int, ...]) -> FourierKernel:
+def conv_exp(
+    weights: jax.Array,
+    lattice: tuple[int, ...],
+    *,
+    method: str = "taylor",
+    boundary: str = "periodic",
+) -> FourierKernel:
     """The orthogonal or unitary kernel U = δ + A + A⊗A/2! + … of free weights.
 
     A = (W - W†)/2 with W†(x) = conj(W(-x))ᵀ is the skew part of the weights W. Hence
@@ -164,9 +207,10 @@ def conv_exp(weights: jax.Array, lattice: tuple[int, ...]) -> FourierKernel:
     Real weights give an orthogonal, complex ones a unitary kernel. U has full support
     and decays factorially away from the window of A.
 
-    Exact, to rounding. Cost: one FFT of the lattice a channel pair and, for C > 1, one
-    C × C `eigh` a frequency; compute it once per update of the weights and close the
-    scan over the result. Forward and reverse mode, every order; finite and right at
+    Exact, to rounding, and unitary to rounding at any norm. Cost: one FFT of the
+    lattice a channel pair and, for C > 1, some ten C × C products a frequency, and one
+    for each doubling of ‖Â‖ beyond 1; compute it once per update of the weights and
+    close the scan over the result. Forward and reverse mode, every order; right at
     A = 0 and at degenerate eigenvalues (second derivatives with C > 1: for
     ‖Â‖ ≤ 2¹⁶, and else NaN, as in `expm_skew`). The derivative is the Fréchet
     derivative: for one channel ∂U(x)/∂A(y) = U(x - y).
@@ -175,17 +219,28 @@ def conv_exp(weights: jax.Array, lattice: tuple[int, ...]) -> FourierKernel:
     sizes): Û = 1 there. Use complex weights or C ≥ 2 where that matters. ω is
     determined up to 2π only: keep max|Â| < π for a parametrisation without folds.
 
+    With ``boundary`` "even" or "odd" fields are reflected at the edges instead of going
+    on at the other side; the norm is kept all the same. W is then averaged over the
+    reflections of each axis, W(-x) = W(x), before its skew part is taken: Â(k) of real
+    weights is a real skew matrix, and that of a single real channel zero. The
+    exponential is taken at N + 1 frequencies an axis.
+
     Args:
       weights: real or complex array [*window] or [*window, C, C]. Complex weights are
         best built from real leaves inside the loss, because `jax.grad` returns the
         conjugate of the descent direction for a complex leaf.
-      lattice: sizes of the periodic lattice.
+      lattice: sizes of the lattice.
+      method: how `expm_skew` takes the exponentials of several channels: "taylor",
+        "pade" or "eigh".
+      boundary: "periodic"; "even", as a cosine transform has it (no flow through the
+        edges); or "odd", as a sine transform has it (zero half a site beyond them).
 
     Returns:
       A `FourierKernel` whose `adjoint` is its inverse.
 
     Raises:
-      ValueError: if lattice and weights do not fit each other.
+      ValueError: if lattice and weights do not fit each other, ``method`` or
+        ``boundary`` is none, or a single real channel is to be reflected.
 
     Example:
       >>> import jax.numpy as jnp
@@ -203,16 +258,57 @@ def conv_exp(weights: jax.Array, lattice: tuple[int, ...]) -> FourierKernel:
       Hoogeboom et al., "The Convolution Exponential and Generalized Sylvester
       Flows", NeurIPS 2020, with the exponential taken exactly at each frequency.
     """
+    check_method(method)
+    if boundary != "periodic":
+        return _reflecting(weights, lattice, method, boundary)
     a = fourier_kernel(weights, lattice)
     # The projection is done in Fourier space, where W† is the adjoint of each block.
     if a.has_channels:
-        hat = expm_skew((a.hat - adjoint(a.hat)) / 2)
+        hat = expm_skew(skew(a.hat), method=method)
     else:
         # The real part is no part of A, but what is not finite in it must be seen.
         hat = cis(a.hat.imag + 0 * a.hat.real)
     if a.real:
         hat = hat + jax.lax.stop_gradient(_of_real_kernel(hat, lattice) - hat)
     return dataclasses.replace(a, hat=hat)
+
+
+def _reflecting(
+    weights: jax.Array, lattice: tuple[int, ...], method: str, boundary: str
+) -> FourierKernel:
+    """`conv_exp` with a boundary that reflects: exp at the frequencies 0 … N alone.
+
+    The others are their mirror images, to the last bit: where Û(k) and Û(-k) differ, an
+    even field does not stay even, and cropping loses a part of its norm.
+    """
+    if boundary not in BOUNDARIES:
+        raise ValueError(
+            f"`boundary` must be one of {', '.join(map(repr, BOUNDARIES))}; got "
+            f"{boundary!r}."
+        )
+    _check_kernel(weights, lattice)
+    ring = tuple(2 * n for n in lattice)
+    a = fourier_kernel(weights, ring)
+    if a.real and not a.has_channels:
+        raise ValueError(
+            "a single real channel cannot be reflected: its skew kernel, A(-x) = -A(x) "
+            "= A(x), is zero. Use complex weights or channels."
+        )
+    hat, last = a.hat, len(lattice) - 1
+    for axis, n in enumerate(lattice[:last] if a.real else lattice):
+        at = lambda k, hat=hat, axis=axis: jnp.take(hat, k, axis)
+        half = np.arange(n + 1)
+        hat = (at(half) + at(-half % (2 * n))) / 2
+    if a.real:
+        hat = hat.real  # the average over ±k of the last axis, of which k ≥ 0 is stored
+    if a.has_channels:
+        hat = expm_skew(skew(hat), method=method)
+    else:
+        hat = cis(hat.imag + 0 * hat.real)
+    for axis, n in enumerate(lattice[:last] if a.real else lattice):
+        k = np.arange(2 * n)
+        hat = jnp.take(hat, np.minimum(k, 2 * n - k), axis)
+    return FourierKernel(hat.astype(a.hat.dtype), tuple(lattice), a.real, boundary)
 
 
 def _of_real_kernel(hat: jax.Array, lattice: tuple[int, ...]) -> jax.Array:
@@ -232,10 +328,8 @@ def _of_real_kernel(hat: jax.Array, lattice: tuple[int, ...]) -> jax.Array:
     for index in {0, last // 2} if last % 2 == 0 else {0}:
         at = (*(slice(None) for _ in lead), index)
         plane = hat[at].reshape(len(here), *matrices)
-        q, r = jnp.linalg.qr(plane[alone].real)
-        signs = jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1, 1)
-        q = q * signs.astype(q.dtype)[..., None, :]
-        plane = plane.at[alone].set(q.astype(plane.dtype))
+        real = orthogonalized(plane[alone].real)
+        plane = plane.at[alone].set(real.astype(plane.dtype))
         plane = plane.at[second].set(jnp.conj(plane[there[second]]))
         hat = hat.at[at].set(plane.reshape(hat[at].shape))
     return hat

@@ -1,13 +1,20 @@
 """The exponential of skew-Hermitian matrices and its derivatives."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+import scipy.linalg
 from jax.scipy.linalg import expm
 from jax.test_util import check_grads
 
 from rbpjax.unitary import expm_skew
+
+METHODS = ("taylor", "pade", "eigh")
+methods = pytest.mark.parametrize("method", METHODS)
 
 
 def skew(w):
@@ -145,3 +152,111 @@ def test_keeps_single_precision(key):
     assert single.dtype == jnp.float32
     # A few hundred roundings of 6e-8 relative to entries of order one.
     chex.assert_trees_all_close(single.astype(float), grad(w), rtol=0, atol=2e-5)
+
+
+def matrices(kind, size, number=None):
+    """Skew matrices with a 2-norm of one, not symmetric in any way."""
+    rng = np.random.default_rng(size)
+    shape = (size, size) if number is None else (number, size, size)
+    w = rng.normal(size=shape)
+    w = w + 1j * rng.normal(size=shape) if kind == "complex" else w
+    s = w - np.conj(np.swapaxes(w, -1, -2))
+    return s / np.linalg.norm(s, 2, (-2, -1), keepdims=True)
+
+
+@methods
+@pytest.mark.parametrize(("kind", "size"), [("real", 4), ("complex", 3), ("real", 17)])
+def test_every_method_is_the_exponential_of_scipy(method, kind, size):
+    """To the rounding of S, ε‖S‖, which each squaring doubles; the dtype is kept."""
+    f = jax.jit(expm_skew, static_argnames="method")
+    for norm in (0.0, 1e-9, 0.7, 0.8, 3.0, 50.0, 3000.0):
+        s = norm * matrices(kind, size)
+        got = f(jnp.array(s), method=method)
+        assert got.dtype == s.dtype
+        want = scipy.linalg.expm(s)
+        tol = 20 * np.finfo(float).eps * max(1, norm) * size**0.5
+        np.testing.assert_allclose(got, want, rtol=0, atol=tol, err_msg=f"{norm}")
+
+
+FEW = {("float32", 3), ("complex64", 16), ("complex128", 3), ("float64", 16)}
+
+
+@methods
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        pytest.param(
+            dtype, size, marks=() if (dtype, size) in FEW else pytest.mark.full
+        )
+        for dtype in ("float32", "float64", "complex64", "complex128")
+        for size in (3, 16, 65)
+    ],
+)
+def test_unitary_to_rounding_at_any_norm(method, dtype, size):
+    """|UᴴU - 1| ≤ 4 (C + 4) u: what the last Newton step itself rounds.
+
+    It takes UᴴU with errors of Cu in the real parts and as much in the imaginary ones,
+    adds half of that to U, and rounds the sum; anything before is squared away.
+    """
+    s = matrices("complex" if "complex" in dtype else "real", size, 2)
+    info = jnp.finfo(dtype)
+    f = jax.jit(expm_skew, static_argnames="method")
+    largest = float(info.max) / 8
+    for norm in (0.0, float(info.tiny), 1e-5, 1.0, 40.0, 1e4, 1e8, 1e30, largest):
+        u = np.asarray(f(jnp.array(norm * s, dtype), method=method))
+        assert u.dtype == dtype
+        u = u.astype(np.clongdouble)
+        gram = np.conj(np.swapaxes(u, -1, -2)) @ u
+        error = np.max(np.abs(gram - np.eye(size)))
+        assert error <= 4 * (size + 4) * info.eps / 2, norm
+
+
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=pytest.mark.full if m == "pade" else ()) for m in METHODS],
+)
+def test_gradients_of_every_method_real_and_complex(method):
+    """Reverse and forward mode against those of JAX's Padé, and vmap over both."""
+    general = jax.jit(expm)
+    for kind in ("real", "complex"):
+        s = jnp.array(3 * matrices(kind, 5, 3)).at[0].multiply(0.0)
+        e = jnp.array(np.random.default_rng(1).normal(size=(2, 3, 5, 5)), s.dtype)
+        c = e[1] * 1.5 + 0.5
+        forward = lambda f, s, e: jax.jvp(f, (s,), (e,))[1]
+        ours = lambda s: expm_skew(s, method=method)
+        got = forward(ours, s, e[0])
+        # A direction of no symmetry is right too: L is the derivative on all matrices.
+        want = forward(general, s, e[0])
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-13)
+        got = jax.jit(jax.vjp(ours, s)[1])(c)[0]
+        want = jax.vjp(general, s)[1](c)[0]
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-13)
+        along = partial(forward, ours, s)
+        many = jax.vmap(along)(e)
+        one_by_one = jnp.stack([along(a) for a in e])
+        np.testing.assert_allclose(many, one_by_one, rtol=0, atol=1e-14)
+
+
+@methods
+def test_what_is_not_finite_stays_in_its_matrix(method):
+    """Of a batch with a NaN, an infinity and a huge matrix the others are right."""
+    s = matrices("real", 4, 5)
+    bad = jnp.array(s).at[1, 0, 1].set(jnp.nan).at[2, 3, 0].set(jnp.inf)
+    bad = bad.at[3].multiply(1e200)
+    u = expm_skew(bad, method=method)
+    for good in (0, 4):
+        np.testing.assert_allclose(u[good], scipy.linalg.expm(s[good]), atol=1e-14)
+    assert not np.isfinite(u[1]).any() and not np.isfinite(u[2]).any()
+    assert np.isfinite(u[3]).all()
+
+
+def test_what_is_no_skew_matrix_is_named():
+    """Dtype, shape and method."""
+    for call, words in (
+        (lambda: expm_skew(jnp.zeros((2, 2), int)), "`s` must be a floating.*int64"),
+        (lambda: expm_skew([[0.0]]), "`s` must be a floating-point.*list"),
+        (lambda: expm_skew(jnp.zeros((2, 3))), r"square matrices; got \(2, 3\)"),
+        (lambda: expm_skew(jnp.zeros((2, 2)), method="cayley"), "'eigh'; got 'cayley'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()

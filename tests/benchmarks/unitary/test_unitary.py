@@ -66,6 +66,7 @@ def test_every_network_trains():
     made = {
         "linear": networks.unitary(task, 8, identity, 1.0, 0.1),
         "modulus": networks.unitary(task, 8, modulus, 1.0, 0.1),
+        "mixed": networks.mixed(task, 8, 8, 0.1),
         "exprnn": networks.exp_rnn(task, 8),
         "lstm": networks.lstm(task, 8),
     }
