@@ -33,6 +33,7 @@ from rbpjax.fixed_point.forward.rre import RRE
 from rbpjax.fixed_point.implicit import from_args, rbp_fixed_point, rbp_root
 from rbpjax.fixed_point.newton import Newton
 from rbpjax.fixed_point.report import AdjointReport, value_and_grad_with_report
+from rbpjax.fixed_point.reversible import reversible
 from rbpjax.fixed_point.solve import rbp_solve
 from rbpjax.fixed_point.states import rbp_states
 from rbpjax.fixed_point.unroll import bptt
@@ -86,6 +87,7 @@ __all__ = [
     "rbp_states",
     "rbp_vjp",
     "regularizers",
+    "reversible",
     "unitary",
     "value_and_grad_with_report",
 ]
