@@ -23,7 +23,9 @@ from rbpjax.fixed_point.backward.cg import CG
 from rbpjax.fixed_point.backward.cg_normal import CGNormal
 from rbpjax.fixed_point.backward.direct import Direct
 from rbpjax.fixed_point.backward.gmres import GMRES
+from rbpjax.fixed_point.backward.jfb import JFB
 from rbpjax.fixed_point.backward.neumann import Neumann
+from rbpjax.fixed_point.backward.phantom import Phantom
 from rbpjax.fixed_point.backward.rbp import RBP
 from rbpjax.fixed_point.derivatives import rbp_jvp, rbp_vjp
 from rbpjax.fixed_point.forward.anderson import Anderson
@@ -32,6 +34,7 @@ from rbpjax.fixed_point.forward.iteration import FixedPointIteration
 from rbpjax.fixed_point.forward.rre import RRE
 from rbpjax.fixed_point.implicit import from_args, rbp_fixed_point, rbp_root
 from rbpjax.fixed_point.newton import Newton
+from rbpjax.fixed_point.phantom import unrolled_phantom
 from rbpjax.fixed_point.report import AdjointReport, value_and_grad_with_report
 from rbpjax.fixed_point.reversible import reversible
 from rbpjax.fixed_point.solve import rbp_solve
@@ -55,6 +58,7 @@ __version__ = "0.2.0"
 __all__ = [
     "CG",
     "GMRES",
+    "JFB",
     "RBP",
     "RRE",
     "Adaptive",
@@ -69,6 +73,7 @@ __all__ = [
     "Hybrid",
     "Neumann",
     "Newton",
+    "Phantom",
     "Solution",
     "Solve",
     "Status",
@@ -89,6 +94,7 @@ __all__ = [
     "regularizers",
     "reversible",
     "unitary",
+    "unrolled_phantom",
     "value_and_grad_with_report",
 ]
 

@@ -117,7 +117,7 @@ def _applied(
         segments = length // segment
         h, _ = lax.scan(lambda h, _: (full(args, h), None), h, length=segments)
     h = _run(step, args, h, length % segment if segment else length)
-    return _unrolled(step, args, h, num_steps)
+    return unrolled(step, args, h, num_steps)
 
 
 def _run(step: ClosedStep, args: PyTree, h: PyTree, length: int) -> PyTree:
@@ -126,7 +126,7 @@ def _run(step: ClosedStep, args: PyTree, h: PyTree, length: int) -> PyTree:
     return lax.scan(lambda h, _: (once(h), None), h, length=length)[0]
 
 
-def _unrolled(step: ClosedStep, args: PyTree, h: PyTree, num_steps: int) -> Solution:
+def unrolled(step: ClosedStep, args: PyTree, h: PyTree, num_steps: int) -> Solution:
     """The solution, with a residual that the compiler removes when nobody reads it."""
     fixed, value = lax.stop_gradient((args, h))
     tol = tree.default_tol(h)

@@ -26,6 +26,8 @@ STRATEGIES = {
     "newton": Newton(),
     "newton_nested": Newton(CGNormal(tol=1e-3), max_steps=7, tol=1e-4, warmup=2),
     "cg": rbpjax.CG(),
+    "jfb": rbpjax.JFB(),
+    "phantom": rbpjax.Phantom(steps=7),
     "cg_ridge": CGNormal(ridge=1e-5),
     "rbp_nested": RBP(FixedPointIteration(steps=2), seed=3),
 }
@@ -71,7 +73,7 @@ def test_strategies_are_values(make):
     assert eval(repr(make), vars(rbpjax)) == make
     assert jax.tree.leaves(make) == []
     assert jax.tree.structure(make) == jax.tree.structure(copy)
-    field = dataclasses.fields(make)[0].name
+    field = next((field.name for field in dataclasses.fields(make)), "steps")
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(make, field, None)
 
