@@ -29,6 +29,7 @@ from rbpjax.fixed_point.backward.phantom import Phantom
 from rbpjax.fixed_point.backward.rbp import RBP
 from rbpjax.fixed_point.derivatives import rbp_jvp, rbp_vjp
 from rbpjax.fixed_point.forward.anderson import Anderson
+from rbpjax.fixed_point.forward.broyden import Broyden
 from rbpjax.fixed_point.forward.hybrid import Hybrid
 from rbpjax.fixed_point.forward.iteration import FixedPointIteration
 from rbpjax.fixed_point.forward.rre import RRE
@@ -66,6 +67,7 @@ __all__ = [
     "Anderson",
     "BackwardRule",
     "BiCGSTAB",
+    "Broyden",
     "CGNormal",
     "Direct",
     "FixedPointIteration",

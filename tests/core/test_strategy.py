@@ -21,6 +21,7 @@ STRATEGIES = {
     "forward_steps": FixedPointIteration(steps=3),
     "forward_all": FixedPointIteration(max_steps=7, tol=1e-3, damping=0.25),
     "forward_anderson": rbpjax.Anderson(),
+    "forward_broyden": rbpjax.Broyden(memory=4),
     "forward_rre": rbpjax.RRE(),
     "hybrid": rbpjax.Hybrid(),
     "newton": Newton(),
@@ -49,6 +50,7 @@ few = pytest.mark.parametrize(
 FORWARD = (
     FixedPointIteration,
     rbpjax.Anderson,
+    rbpjax.Broyden,
     rbpjax.RRE,
     rbpjax.Hybrid,
     Newton,
