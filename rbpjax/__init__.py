@@ -15,7 +15,13 @@ import importlib
 from typing import TYPE_CHECKING
 
 from rbpjax import diagnostics, regularizers
-from rbpjax.bilevel import optimizer_step
+from rbpjax.bilevel import (
+    BilevelDescent,
+    BilevelDirections,
+    BilevelState,
+    optimizer_step,
+    soba,
+)
 from rbpjax.diagnostics.diagnose import diagnose
 from rbpjax.fixed_point.backward.adaptive import Adaptive
 from rbpjax.fixed_point.backward.bicgstab import BiCGSTAB
@@ -67,6 +73,9 @@ __all__ = [
     "Anderson",
     "BackwardRule",
     "BiCGSTAB",
+    "BilevelDescent",
+    "BilevelDirections",
+    "BilevelState",
     "Broyden",
     "CGNormal",
     "Direct",
@@ -95,6 +104,7 @@ __all__ = [
     "rbp_vjp",
     "regularizers",
     "reversible",
+    "soba",
     "unitary",
     "unrolled_phantom",
     "value_and_grad_with_report",

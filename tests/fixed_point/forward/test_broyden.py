@@ -33,14 +33,14 @@ def affine(seed=0, scale=2.4):
 
 def dense_iterates(step, h, num, memory, least=0.1):
     """Broyden's good method by a dense H, begun anew after ``memory`` updates."""
-    inverse, updates, d, before = np.eye(N), 0, None, None
+    inverse, updates, d, before = np.eye(len(h)), 0, None, None
     made = [h]
     for _ in range(num):
         r = step(h) - h
         if d is not None:
             y = before - r
             if updates == memory:
-                inverse, updates = np.eye(N), 0
+                inverse, updates = np.eye(len(h)), 0
             seen = d @ inverse @ y / (d @ d)
             if abs(seen) < least:  # Powell: a change in between
                 part = (1 - np.copysign(least, seen)) / (1 - seen)
@@ -107,6 +107,17 @@ def test_a_vanishing_denominator():
     chex.assert_trees_all_close(turn.value, jnp.array([0.0, 1.0]), atol=1e-9)
 
 
+@pytest.mark.parametrize("a", [1.05, 0.95])
+def test_a_short_update_keeps_the_sign(a):
+    """Of h ← ah the denominator is 1 - a = ∓0.05: H is ∓10 after it, not ∓20."""
+    found = Broyden(max_steps=2, tol=0.0)(lambda h: a * h, jnp.ones(1))
+    want = dense_iterates(lambda h: a * h, np.ones(1), 2, 10)[2]
+    assert found.num_steps == 2
+    chex.assert_trees_all_close(found.value, want, rtol=1e-12)
+    r = (a - 1) * a
+    chex.assert_trees_all_close(want[0], a + np.sign(1 - a) * 10 * r, rtol=1e-12)
+
+
 def shared(problem, rule, share, probe=None):
     """Gradient and report."""
     forward = Broyden(tol=1e-13, memory=30, share=share)
@@ -147,6 +158,28 @@ def test_sharing_brings_a_truncated_rule_nearer():
         error[share] = float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
         assert report.num_products == (3 if share else 1) - 1 * share
     assert error[True] < 0.75 * error[False]
+
+
+def test_the_rule_starts_from_the_transpose():
+    """A rule that returns its start gives Hᵀg, with the H of the solver itself."""
+    jac, x = affine(scale=0.9)
+    f = lambda w, x, h: jnp.tanh(w @ h + x)
+    forward = Broyden(tol=1e-10, share=True)
+    found = forward(lambda h: f(jnp.asarray(jac), x, h), jnp.zeros(N))
+    matrix = jax.vmap(found.aux.apply)(jnp.eye(N)).T
+    assert jnp.abs(matrix - matrix.T).max() > 0.1
+    given = []
+
+    def own(vjp, cotangent, *, start=None):
+        given.append((cotangent, start))
+        return rbpjax.Solution(value=start, converged=True)
+
+    solve = rbpjax.rbp_solve(f, forward=forward, backward=own)
+    jax.vjp(lambda w: readout(solve(w, x, jnp.zeros(N)).value), jnp.asarray(jac))[1](
+        1.0
+    )
+    g, start = given[-1]
+    assert_close(start, matrix.T @ g, 1e-10)
 
 
 def test_the_start_is_the_inverse_of_the_forward_pass():
