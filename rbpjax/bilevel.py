@@ -156,9 +156,9 @@ def soba(
     inner: Loss,
     outer: Loss,
     *,
-    params: optax.GradientTransformation,
-    weights: optax.GradientTransformation,
-    adjoint: optax.GradientTransformation | None = None,
+    outer_optimizer: optax.GradientTransformation,
+    inner_optimizer: optax.GradientTransformation,
+    adjoint_optimizer: optax.GradientTransformation | None = None,
 ) -> BilevelDescent:
     """Stochastic bilevel descent in a single loop: inner, adjoint and outer together.
 
@@ -176,8 +176,8 @@ def soba(
     the whole losses *at the present point*. There D_p is no hypergradient, but biased
     by how far w and u are behind; it is exact in the limit. For an inner loss that is
     strongly convex and with step sizes that fall, or with whole losses, it converges;
-    the outer step should be the slowest. Step sizes of ``weights`` and ``adjoint``
-    must suit the largest eigenvalue of ∇²_ww G.
+    the outer step should be the slowest. Step sizes of weights and adjoint must suit
+    the largest eigenvalue of ∇²_ww G.
 
     Cost of a step: the gradients of both losses, and one product with the second
     derivatives of the inner loss, from one linearization of its gradient. Memory:
@@ -187,9 +187,10 @@ def soba(
     Args:
       inner: ``inner(params, inputs, weights) -> scalar``, the training loss.
       outer: ``outer(params, inputs, weights) -> scalar``, the validation loss.
-      params: optax transformation for the outer variable.
-      weights: that for the inner variable.
-      adjoint: that for the adjoint; that of ``weights`` if ``None``, as in the paper.
+      outer_optimizer: optax transformation for the outer variable, the params.
+      inner_optimizer: that for the inner variable, the weights.
+      adjoint_optimizer: that for the adjoint; that of the weights if ``None``, as in
+        the paper.
 
     Returns:
       A ``BilevelDescent``: ``init``, ``directions`` and ``update``, of pytrees. Inputs
@@ -203,7 +204,8 @@ def soba(
       >>> from rbpjax import soba
       >>> inner = lambda p, x, w: jnp.sum(0.5 * w**2 - (x + p) * w)  # w* = x + p
       >>> outer = lambda p, y, w: jnp.sum(0.5 * (w - y) ** 2 + 0.5 * p**2)
-      >>> descent = soba(inner, outer, params=optax.sgd(0.1), weights=optax.sgd(0.5))
+      >>> descent = soba(
+      ...     inner, outer, outer_optimizer=optax.sgd(0.1), inner_optimizer=optax.sgd(0.5))
       >>> state = descent.init(jnp.zeros(1), jnp.zeros(1))
       >>> x, y = jnp.array([1.0]), jnp.array([4.0])  # p* = (y - x) / 2
       >>> step = lambda state, _: (descent.update(state, x, y), None)
@@ -224,9 +226,11 @@ def soba(
                 f"soba: `{name}` must be a loss, called as {name}(params, inputs, "
                 f"weights) -> scalar; got {loss!r}."
             )
-    adjoint = weights if adjoint is None else adjoint
-    optimizers = {"params": params, "weights": weights, "adjoint": adjoint}
-    for name, optimizer in optimizers.items():
+    third = inner_optimizer if adjoint_optimizer is None else adjoint_optimizer
+    optimizers = {"params": outer_optimizer, "weights": inner_optimizer}
+    optimizers["adjoint"] = third
+    names = ("outer_optimizer", "inner_optimizer", "adjoint_optimizer")
+    for name, optimizer in zip(names, optimizers.values(), strict=True):
         if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
             raise ValueError(
                 f"soba: `{name}` must be an optax transformation, such as "

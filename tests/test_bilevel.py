@@ -219,7 +219,7 @@ def bilevel_solution():
 
 def whole_batches():
     # Below 2 / λ for the largest eigenvalue of A, and of I + CᵀA⁻²C, far below.
-    made = {"params": optax.sgd(0.004), "weights": optax.sgd(0.2)}
+    made = {"outer_optimizer": optax.sgd(0.004), "inner_optimizer": optax.sgd(0.2)}
     return soba(inner, outer, **made), {"c": jnp.zeros(3)}, jnp.ones(N)
 
 
@@ -252,7 +252,12 @@ def test_whole_batches_converge_to_the_closed_form():
     for value, wanted in zip(got, want, strict=True):
         assert_close(value, wanted, 1e-10)
     # For other params too: held there, inner and adjoint come to the exact adjoint.
-    held = soba(inner, outer, params=optax.set_to_zero(), weights=optax.sgd(0.2))
+    held = soba(
+        inner,
+        outer,
+        outer_optimizer=optax.set_to_zero(),
+        inner_optimizer=optax.sgd(0.2),
+    )
     state = held.init({"c": jnp.array([1.0, -2.0, 0.5])}, w)
     step = lambda state, _: (held.update(state, INPUTS, TARGET), None)
     state = jax.jit(lambda s: jax.lax.scan(step, s, length=2000)[0])(state)
@@ -290,10 +295,10 @@ def test_directions_of_batches_are_unbiased():
 
 
 def test_batches_with_falling_steps_come_near():
-    """Errors fall with the step size: to less than half after sixteen times the steps."""
+    """Errors fall with the step size: to less than half in sixteen times the steps."""
     xs, ys = batches()
     slow = lambda rate: optax.sgd(lambda k: rate / (1 + k / 200) ** 0.7)
-    descent = soba(inner, outer, params=slow(0.01), weights=slow(0.15))
+    descent = soba(inner, outer, outer_optimizer=slow(0.01), inner_optimizer=slow(0.15))
 
     def step(state, key):
         first, second = jax.random.split(key)
@@ -314,12 +319,12 @@ def test_batches_with_falling_steps_come_near():
     ("change", "words"),
     [
         ({"inner": 3}, r"`inner`.*inner\(params, inputs, weights\).*got 3"),
-        ({"weights": 0.1}, r"`weights`.*optax.sgd.*got 0.1"),
+        ({"inner_optimizer": 0.1}, r"`inner_optimizer`.*optax.sgd.*got 0.1"),
     ],
 )
 def test_what_is_no_loss_or_optimizer_is_refused(change, words):
     """By the name of the argument."""
-    options = {"inner": inner, "outer": outer, "params": optax.sgd(0.1)}
-    options |= {"weights": optax.sgd(0.1)} | change
+    options = {"inner": inner, "outer": outer, "outer_optimizer": optax.sgd(0.1)}
+    options |= {"inner_optimizer": optax.sgd(0.1)} | change
     with pytest.raises(ValueError, match=words):
         soba(options.pop("inner"), options.pop("outer"), **options)
