@@ -42,6 +42,10 @@ from rbpjax.fixed_point.forward.rre import RRE
 from rbpjax.fixed_point.implicit import from_args, rbp_fixed_point, rbp_root
 from rbpjax.fixed_point.newton import Newton
 from rbpjax.fixed_point.phantom import unrolled_phantom
+from rbpjax.fixed_point.propagation import (
+    EquilibriumEstimate,
+    equilibrium_propagation,
+)
 from rbpjax.fixed_point.report import AdjointReport, value_and_grad_with_report
 from rbpjax.fixed_point.reversible import reversible
 from rbpjax.fixed_point.solve import rbp_solve
@@ -79,6 +83,7 @@ __all__ = [
     "Broyden",
     "CGNormal",
     "Direct",
+    "EquilibriumEstimate",
     "FixedPointIteration",
     "ForwardSolver",
     "Hybrid",
@@ -92,6 +97,7 @@ __all__ = [
     "bptt",
     "diagnose",
     "diagnostics",
+    "equilibrium_propagation",
     "from_args",
     "online",
     "optimizer_step",

@@ -204,8 +204,8 @@ def soba(
       >>> from rbpjax import soba
       >>> inner = lambda p, x, w: jnp.sum(0.5 * w**2 - (x + p) * w)  # w* = x + p
       >>> outer = lambda p, y, w: jnp.sum(0.5 * (w - y) ** 2 + 0.5 * p**2)
-      >>> descent = soba(
-      ...     inner, outer, outer_optimizer=optax.sgd(0.1), inner_optimizer=optax.sgd(0.5))
+      >>> slow, fast = optax.sgd(0.1), optax.sgd(0.5)
+      >>> descent = soba(inner, outer, outer_optimizer=slow, inner_optimizer=fast)
       >>> state = descent.init(jnp.zeros(1), jnp.zeros(1))
       >>> x, y = jnp.array([1.0]), jnp.array([4.0])  # p* = (y - x) / 2
       >>> step = lambda state, _: (descent.update(state, x, y), None)
