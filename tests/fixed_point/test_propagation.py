@@ -127,6 +127,14 @@ def test_a_phase_that_does_not_rest_is_told():
     """A budget too small for the states: converged is false."""
     found = estimate(0.01, True, FixedPointIteration(max_steps=2))
     assert not found.converged
+    # h² / 2 rests at 0, and with h - h² / 2 it has no slope but 1.
+    tipped = equilibrium_propagation(
+        lambda a, x, h: 0.5 * jnp.sum(a * h**2),
+        lambda a, x, h: jnp.sum(h - 0.5 * h**2),
+        nudge=1.0,
+        centred=False,
+    )(1.0, None, jnp.ones(2))
+    assert tipped.free.converged and not tipped.converged
     # An energy without a state of rest.
     flat = equilibrium_propagation(
         lambda a, x, h: jnp.sum(a * h), lambda a, x, h: jnp.sum(h), nudge=0.5
