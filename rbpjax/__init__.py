@@ -15,7 +15,13 @@ import importlib
 from typing import TYPE_CHECKING
 
 from rbpjax import diagnostics, regularizers
-from rbpjax.bilevel import optimizer_step
+from rbpjax.bilevel import (
+    BilevelDescent,
+    BilevelDirections,
+    BilevelState,
+    optimizer_step,
+    soba,
+)
 from rbpjax.diagnostics.diagnose import diagnose
 from rbpjax.fixed_point.backward.adaptive import Adaptive
 from rbpjax.fixed_point.backward.bicgstab import BiCGSTAB
@@ -23,16 +29,25 @@ from rbpjax.fixed_point.backward.cg import CG
 from rbpjax.fixed_point.backward.cg_normal import CGNormal
 from rbpjax.fixed_point.backward.direct import Direct
 from rbpjax.fixed_point.backward.gmres import GMRES
+from rbpjax.fixed_point.backward.jfb import JFB
 from rbpjax.fixed_point.backward.neumann import Neumann
+from rbpjax.fixed_point.backward.phantom import Phantom
 from rbpjax.fixed_point.backward.rbp import RBP
 from rbpjax.fixed_point.derivatives import rbp_jvp, rbp_vjp
 from rbpjax.fixed_point.forward.anderson import Anderson
+from rbpjax.fixed_point.forward.broyden import Broyden
 from rbpjax.fixed_point.forward.hybrid import Hybrid
 from rbpjax.fixed_point.forward.iteration import FixedPointIteration
 from rbpjax.fixed_point.forward.rre import RRE
 from rbpjax.fixed_point.implicit import from_args, rbp_fixed_point, rbp_root
 from rbpjax.fixed_point.newton import Newton
+from rbpjax.fixed_point.phantom import unrolled_phantom
+from rbpjax.fixed_point.propagation import (
+    EquilibriumEstimate,
+    equilibrium_propagation,
+)
 from rbpjax.fixed_point.report import AdjointReport, value_and_grad_with_report
+from rbpjax.fixed_point.reversible import reversible
 from rbpjax.fixed_point.solve import rbp_solve
 from rbpjax.fixed_point.states import rbp_states
 from rbpjax.fixed_point.unroll import bptt
@@ -54,6 +69,7 @@ __version__ = "0.2.0"
 __all__ = [
     "CG",
     "GMRES",
+    "JFB",
     "RBP",
     "RRE",
     "Adaptive",
@@ -61,13 +77,19 @@ __all__ = [
     "Anderson",
     "BackwardRule",
     "BiCGSTAB",
+    "BilevelDescent",
+    "BilevelDirections",
+    "BilevelState",
+    "Broyden",
     "CGNormal",
     "Direct",
+    "EquilibriumEstimate",
     "FixedPointIteration",
     "ForwardSolver",
     "Hybrid",
     "Neumann",
     "Newton",
+    "Phantom",
     "Solution",
     "Solve",
     "Status",
@@ -75,6 +97,7 @@ __all__ = [
     "bptt",
     "diagnose",
     "diagnostics",
+    "equilibrium_propagation",
     "from_args",
     "online",
     "optimizer_step",
@@ -86,7 +109,10 @@ __all__ = [
     "rbp_states",
     "rbp_vjp",
     "regularizers",
+    "reversible",
+    "soba",
     "unitary",
+    "unrolled_phantom",
     "value_and_grad_with_report",
 ]
 

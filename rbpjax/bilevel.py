@@ -1,9 +1,9 @@
-"""Training as a fixed point: one optimizer update as a step function."""
+"""Training inside training: one update as a step function, or both levels at once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,3 +100,173 @@ def optimizer_step(
         return optax.apply_updates(weights, updates), state
 
     return f
+
+
+class BilevelState(NamedTuple):
+    """Where a single-loop bilevel descent is.
+
+    Attributes:
+      params: the outer variable, a pytree of floating-point arrays.
+      weights: the inner variable, likewise.
+      adjoint: u, a pytree like ``weights``.
+      params_state: the optimizer's state for ``params``.
+      weights_state: that for ``weights``.
+      adjoint_state: that for ``adjoint``.
+    """
+
+    params: PyTree
+    weights: PyTree
+    adjoint: PyTree
+    params_state: PyTree
+    weights_state: PyTree
+    adjoint_state: PyTree
+
+
+class BilevelDirections(NamedTuple):
+    """The three directions of a step: estimates of what must become zero.
+
+    Attributes:
+      params: of the outer variable: the hypergradient, once the others are at rest.
+      weights: of the inner variable: the gradient of the inner loss.
+      adjoint: of the adjoint: the residual of its equation.
+    """
+
+    params: PyTree
+    weights: PyTree
+    adjoint: PyTree
+
+
+class BilevelDescent(NamedTuple):
+    """A single-loop bilevel descent, as ``soba`` makes it; optax's pair, and one more.
+
+    Attributes:
+      init: ``init(params, weights) -> BilevelState``, with an adjoint of zeros.
+      directions: ``directions(state, inner_inputs, outer_inputs)``, the
+        ``BilevelDirections`` there, for an optimizer of one's own.
+      update: ``update(state, inner_inputs, outer_inputs) -> BilevelState``: one step of
+        each of the three.
+    """
+
+    init: Callable[[PyTree, PyTree], BilevelState]
+    directions: Callable[[BilevelState, PyTree, PyTree], BilevelDirections]
+    update: Callable[[BilevelState, PyTree, PyTree], BilevelState]
+
+
+def soba(
+    inner: Loss,
+    outer: Loss,
+    *,
+    outer_optimizer: optax.GradientTransformation,
+    inner_optimizer: optax.GradientTransformation,
+    adjoint_optimizer: optax.GradientTransformation | None = None,
+) -> BilevelDescent:
+    """Stochastic bilevel descent in a single loop: inner, adjoint and outer together.
+
+    Of ``outer(params, outer_inputs, w*)`` with w* = argmin ``inner(params,
+    inner_inputs, w)`` the gradient for params p needs w* and the adjoint u of it,
+    ∇²_ww G u = ∇_w F, for the inner loss G and the outer loss F. Neither is solved
+    for: each step moves all three at once, by the directions at the same point
+
+        D_w = ∇_w G(p, w),
+        D_u = ∇²_ww G(p, w) u - ∇_w F(p, w),
+        D_p = ∇_p F(p, w) - ∇²_pw G(p, w) u,
+
+    each handed to its optimizer as a gradient. (The paper's v is -u.) They are linear
+    in the losses, and so, for batches drawn at random, unbiased estimates of those of
+    the whole losses *at the present point*. There D_p is no hypergradient, but biased
+    by how far w and u are behind; it is exact in the limit. For an inner loss that is
+    strongly convex and with step sizes that fall, or with whole losses, it converges;
+    the outer step should be the slowest. Step sizes of weights and adjoint must suit
+    the largest eigenvalue of ∇²_ww G.
+
+    Cost of a step: the gradients of both losses, and one product with the second
+    derivatives of the inner loss, from one linearization of its gradient. Memory:
+    weights, adjoint, and the optimizers' states; nothing grows with steps. AD modes:
+    those of twice differentiable losses.
+
+    Args:
+      inner: ``inner(params, inputs, weights) -> scalar``, the training loss.
+      outer: ``outer(params, inputs, weights) -> scalar``, the validation loss.
+      outer_optimizer: optax transformation for the outer variable, the params.
+      inner_optimizer: that for the inner variable, the weights.
+      adjoint_optimizer: that for the adjoint; that of the weights if ``None``, as in
+        the paper.
+
+    Returns:
+      A ``BilevelDescent``: ``init``, ``directions`` and ``update``, of pytrees. Inputs
+      are what the losses take; draw those of the two anew for each step.
+
+    Raises:
+      ValueError: if a loss is not callable or an optimizer no optax transformation.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from rbpjax import soba
+      >>> inner = lambda p, x, w: jnp.sum(0.5 * w**2 - (x + p) * w)  # w* = x + p
+      >>> outer = lambda p, y, w: jnp.sum(0.5 * (w - y) ** 2 + 0.5 * p**2)
+      >>> slow, fast = optax.sgd(0.1), optax.sgd(0.5)
+      >>> descent = soba(inner, outer, outer_optimizer=slow, inner_optimizer=fast)
+      >>> state = descent.init(jnp.zeros(1), jnp.zeros(1))
+      >>> x, y = jnp.array([1.0]), jnp.array([4.0])  # p* = (y - x) / 2
+      >>> step = lambda state, _: (descent.update(state, x, y), None)
+      >>> state, _ = jax.lax.scan(step, state, length=200)
+      >>> [round(float(u[0]), 3) for u in (state.params, state.weights, state.adjoint)]
+      [1.5, 2.5, -1.5]
+
+    References:
+      Dagréou et al., "A framework for bilevel optimization that enables stochastic and
+      global variance reduction algorithms", NeurIPS 2022, equations 5 to 8 (SOBA),
+      https://arxiv.org/abs/2201.13409.
+    """
+    import optax  # half of a second, which ``import rbpjax`` need not take
+
+    for name, loss in (("inner", inner), ("outer", outer)):
+        if not callable(loss):
+            raise ValueError(
+                f"soba: `{name}` must be a loss, called as {name}(params, inputs, "
+                f"weights) -> scalar; got {loss!r}."
+            )
+    third = inner_optimizer if adjoint_optimizer is None else adjoint_optimizer
+    optimizers = {"params": outer_optimizer, "weights": inner_optimizer}
+    optimizers["adjoint"] = third
+    names = ("outer_optimizer", "inner_optimizer", "adjoint_optimizer")
+    for name, optimizer in zip(names, optimizers.values(), strict=True):
+        if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+            raise ValueError(
+                f"soba: `{name}` must be an optax transformation, such as "
+                f"optax.sgd(1e-2); got {optimizer!r}."
+            )
+
+    def init(params: PyTree, weights: PyTree) -> BilevelState:
+        values = {"params": params, "weights": weights, "adjoint": weights}
+        values = jax.tree.map(jnp.asarray, values)
+        values["adjoint"] = jax.tree.map(jnp.zeros_like, values["weights"])
+        states = {
+            f"{name}_state": optimizers[name].init(value)
+            for name, value in values.items()
+        }
+        return BilevelState(**values, **states)
+
+    def directions(
+        state: BilevelState, inner_inputs: PyTree, outer_inputs: PyTree
+    ) -> BilevelDirections:
+        p, w, u, *_ = state
+        slope = lambda p, w: jax.grad(inner, argnums=2)(p, inner_inputs, w)
+        of_w, second = jax.vjp(slope, p, w)
+        cross, curved = second(u)
+        of_p, g = jax.grad(outer, argnums=(0, 2))(p, outer_inputs, w)
+        less = lambda a, b: jax.tree.map(jnp.subtract, a, b)
+        return BilevelDirections(less(of_p, cross), of_w, less(curved, g))
+
+    def update(
+        state: BilevelState, inner_inputs: PyTree, outer_inputs: PyTree
+    ) -> BilevelState:
+        moves = directions(state, inner_inputs, outer_inputs)._asdict()
+        made = {}
+        for name, optimizer in optimizers.items():
+            value, kept = getattr(state, name), getattr(state, f"{name}_state")
+            step, made[f"{name}_state"] = optimizer.update(moves[name], kept, value)
+            made[name] = optax.apply_updates(value, step)
+        return BilevelState(**made)
+
+    return BilevelDescent(init, directions, update)

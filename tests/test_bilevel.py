@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import rbpjax
-from rbpjax import Adaptive, CGNormal, FixedPointIteration, optimizer_step
+from rbpjax import Adaptive, CGNormal, FixedPointIteration, optimizer_step, soba
 from tests.support.problems import CONVERGED_RTOL, assert_close
 
 N = 6
@@ -194,3 +194,137 @@ def test_plain_iteration_rests_though_the_momentum_is_all_rounding(dtype):
     error = jnp.linalg.norm(found.value[0].astype(float) - right)
     # What converged promises, for a condition of about 10.
     assert error <= float(jnp.finfo(dtype).eps) ** 0.5 * jnp.linalg.norm(right)
+
+
+CROSS = jnp.asarray(_random.normal(size=(N, 3)))  # p has three numbers
+
+
+def inner(p, x, w):
+    """With w* = A⁻¹(b + Cp)."""
+    return 0.5 * w @ x["a"] @ w - (x["b"] + CROSS @ p["c"]) @ w
+
+
+def outer(p, y, w):
+    return 0.5 * jnp.sum((w - y) ** 2) + 0.5 * jnp.sum(p["c"] ** 2)
+
+
+def bilevel_solution():
+    """(p*, w*, u*) of u = A⁻¹(w* - y), p + Cᵀu = 0: linear in p."""
+    inv = jnp.linalg.inv(A)
+    matrix = jnp.eye(3) + CROSS.T @ inv @ inv @ CROSS
+    p = jnp.linalg.solve(matrix, -CROSS.T @ inv @ (inv @ B - TARGET))
+    w = inv @ (B + CROSS @ p)
+    return p, w, inv @ (w - TARGET)
+
+
+def whole_batches():
+    # Below 2 / λ for the largest eigenvalue of A, and of I + CᵀA⁻²C, far below.
+    made = {"outer_optimizer": optax.sgd(0.004), "inner_optimizer": optax.sgd(0.2)}
+    return soba(inner, outer, **made), {"c": jnp.zeros(3)}, jnp.ones(N)
+
+
+def test_directions_are_those_of_the_paper():
+    """At a point where nothing is at rest, by dense second derivatives."""
+    descent, _, _ = whole_batches()
+    p, w, u = (jnp.asarray(_random.normal(size=n)) for n in (3, N, N))
+    state = descent.init({"c": p}, w)._replace(adjoint=u)
+    got = descent.directions(state, INPUTS, TARGET)
+    hessian = jax.hessian(inner, 2)({"c": p}, INPUTS, w)
+    cross = jax.jacobian(jax.grad(inner, 2))({"c": p}, INPUTS, w)["c"]
+    want = (
+        {"c": p - cross.T @ u},
+        hessian @ w - B - CROSS @ p,
+        hessian @ u - (w - TARGET),
+    )
+    chex.assert_trees_all_close(tuple(got), want, rtol=1e-12)
+    assert jnp.linalg.norm(cross + CROSS) < 1e-12  # the sign of the paper's ∇²₂₁G
+
+
+def test_whole_batches_converge_to_the_closed_form():
+    """Outer, inner and adjoint, together; there the direction is the hypergradient."""
+    descent, p, w = whole_batches()
+    step = lambda state, _: (descent.update(state, INPUTS, TARGET), None)
+    run = jax.jit(lambda state: jax.lax.scan(step, state, length=4000)[0])
+    end = run(descent.init(p, w))
+    want = bilevel_solution()
+    got = end.params["c"], end.weights, end.adjoint
+    # The slowest rate is about that of the outer steps, 1 - 0.004 · 2.4: e⁻³⁸ in all.
+    for value, wanted in zip(got, want, strict=True):
+        assert_close(value, wanted, 1e-10)
+    # For other params too: held there, inner and adjoint come to the exact adjoint.
+    held = soba(
+        inner,
+        outer,
+        outer_optimizer=optax.set_to_zero(),
+        inner_optimizer=optax.sgd(0.2),
+    )
+    state = held.init({"c": jnp.array([1.0, -2.0, 0.5])}, w)
+    step = lambda state, _: (held.update(state, INPUTS, TARGET), None)
+    state = jax.jit(lambda s: jax.lax.scan(step, s, length=2000)[0])(state)
+    weights = jnp.linalg.solve(A, B + CROSS @ state.params["c"])
+    assert_close(state.adjoint, jnp.linalg.solve(A, weights - TARGET), 1e-10)
+    trained = rbpjax.rbp_root(jax.grad(inner, argnums=2), backward=Adaptive(tol=1e-12))
+    value = lambda p: outer(p, TARGET, trained(p, INPUTS, w).value)
+    direction = held.directions(state, INPUTS, TARGET)
+    assert_close(direction.params, jax.jit(jax.grad(value))(state.params), 1e-8)
+
+
+def batches():
+    """Five of the inner loss, three of the outer; their means are the whole."""
+    noise = _random.normal(size=(5, N, N)) * 0.05
+    noise = noise + noise.transpose(0, 2, 1)
+    shift = _random.normal(size=(5, N)), _random.normal(size=(3, N))
+    centred = lambda x: x - x.mean(0)
+    around = lambda x, noise: jnp.asarray(np.asarray(x) + centred(noise))
+    return {"a": around(A, noise), "b": around(B, shift[0])}, around(TARGET, shift[1])
+
+
+def test_directions_of_batches_are_unbiased():
+    """The mean over all pairs of batches is the direction of the whole losses."""
+    descent, _, _ = whole_batches()
+    p, w, u = (jnp.asarray(_random.normal(size=n)) for n in (3, N, N))
+    state = descent.init({"c": p}, w)._replace(adjoint=u)
+    xs, ys = batches()
+    pairs = jax.vmap(lambda x: jax.vmap(lambda y: descent.directions(state, x, y))(ys))(
+        xs
+    )
+    mean = jax.tree.map(lambda d: d.mean((0, 1)), pairs)
+    want = descent.directions(state, INPUTS, TARGET)
+    chex.assert_trees_all_close(mean, want, rtol=1e-10, atol=1e-12)
+    assert max(jnp.ptp(d[:, 0], 0).max() for d in jax.tree.leaves(pairs)) > 0.1
+
+
+def test_batches_with_falling_steps_come_near():
+    """Errors fall with the step size: to less than half in sixteen times the steps."""
+    xs, ys = batches()
+    slow = lambda rate: optax.sgd(lambda k: rate / (1 + k / 200) ** 0.7)
+    descent = soba(inner, outer, outer_optimizer=slow(0.01), inner_optimizer=slow(0.15))
+
+    def step(state, key):
+        first, second = jax.random.split(key)
+        i, j = jax.random.randint(first, (), 0, 5), jax.random.randint(second, (), 0, 3)
+        x, y = jax.tree.map(lambda x: x[i], xs), ys[j]
+        return descent.update(state, x, y), state.params["c"]
+
+    keys = jax.random.split(jax.random.key(0), 32_000)
+    start = descent.init({"c": jnp.zeros(3)}, jnp.zeros(N))
+    with jax.numpy_dtype_promotion("standard"):
+        _, path = jax.jit(lambda s: jax.lax.scan(step, s, keys))(start)
+    far = jnp.linalg.norm(path - bilevel_solution()[0][None], axis=1)
+    early, late = far[1000:2000].mean(), far[-4000:].mean()
+    assert late < 0.5 * early and late < 0.1 * far[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"inner": 3}, r"`inner`.*inner\(params, inputs, weights\).*got 3"),
+        ({"inner_optimizer": 0.1}, r"`inner_optimizer`.*optax.sgd.*got 0.1"),
+    ],
+)
+def test_what_is_no_loss_or_optimizer_is_refused(change, words):
+    """By the name of the argument."""
+    options = {"inner": inner, "outer": outer, "outer_optimizer": optax.sgd(0.1)}
+    options |= {"inner_optimizer": optax.sgd(0.1)} | change
+    with pytest.raises(ValueError, match=words):
+        soba(options.pop("inner"), options.pop("outer"), **options)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from rbpjax._core import sharding
+from rbpjax._core.low_rank import LowRank
 from rbpjax._core.step import check_like
 from rbpjax.types import ForwardSolver, PyTree, Solution, Status
 
@@ -15,13 +16,18 @@ from rbpjax.types import ForwardSolver, PyTree, Solution, Status
 def apply_solver(
     solver: ForwardSolver, step: Callable[[PyTree], PyTree], h0: PyTree
 ) -> Solution:
-    """``solver(step, h0)``, checked to be a solution like the start."""
+    """``solver(step, h0)``, checked to be a solution like the start.
+
+    Its aux is None, or an estimate of (I - J)⁻¹ for the backward pass.
+    """
     check_solver(solver)
     axes = sharding.coupling(step, h0)
     sharding.check_coupled(solver, axes, "forward=rbpjax.Hybrid()")
     with sharding.coupled(axes):
         solution = solver(step, h0)
-    return check_solution(solution, h0, f"the forward solver {solver!r}")
+    checked = check_solution(solution, h0, f"the forward solver {solver!r}")
+    inverse = solution.aux if isinstance(solution.aux, LowRank) else None
+    return checked._replace(aux=inverse)
 
 
 def check_solver(solver: ForwardSolver) -> None:

@@ -344,6 +344,7 @@ def _root(
         before, scale = now.solution, now.scale
         new = solved(before.value, scale)
         new = new._replace(
+            aux=None,
             num_steps=before.num_steps + new.num_steps,
             num_products=before.num_products + new.num_products,
         )
@@ -351,7 +352,7 @@ def _root(
 
     # The loop is entered without a solution, so that the solver is compiled once.
     scale = _scale(residual, h0)
-    types = jax.eval_shape(solved, h0, scale)
+    types = jax.eval_shape(solved, h0, scale)._replace(aux=None)
     nothing = jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), types)
     nothing, number = sharding.vary_like((nothing, jnp.int32(0)), h0)
     start = _Round(nothing._replace(value=h0), scale, scale, number)

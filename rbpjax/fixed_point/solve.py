@@ -96,8 +96,9 @@ def _solve(
 def _solve_fwd(step, solver, rule, verify, args, start, probe, numbers):
     # The solve itself, not the solver: the next order differentiates this line.
     solution = _solve(step, solver, rule, verify, args, start, probe, numbers)
-    # Of how it was found, only what is reported is kept.
-    kept = Solution(solution.value) if probe is None else solution
+    # Of how it was found, only what is reported is kept, and what a rule starts from.
+    bare = Solution(solution.value, aux=solution.aux)
+    kept = bare if probe is None else solution
     return solution, (args, kept, probe, numbers)
 
 
@@ -120,7 +121,10 @@ def _solve_bwd(step, solver, rule, verify, saved, cotangents):
         g = adjoint_args[2]
         return apply_rule(filled(rule, numbers), lambda v: vjp(v)[1], g, z)
 
-    start = vjp, None if probe is None else probe.adjoint, numbers
+    begin = None if probe is None else probe.adjoint
+    if begin is None and found.aux is not None:
+        begin = found.aux.transposed(g)
+    start = vjp, begin, numbers
     adjoint = adjoint_step, adjoint_solver, rule, False
     z = _solve(*adjoint, (args, h, g), start, None, numbers)
     report = None
@@ -209,7 +213,7 @@ def _found(
         if not _no_forward_mode(error):
             raise
         raise TypeError(_NO_FORWARD_MODE) from error
-    value, *diagnostics = solution
+    value, *diagnostics, _ = solution  # the last is for the backward pass
     solution = Solution(value, *map(lax.stop_gradient, diagnostics))
     if line is not None:
         line.ended(solution)

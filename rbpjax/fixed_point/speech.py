@@ -36,11 +36,12 @@ def heard(
     solve: str,
     *,
     truncated: bool = False,
+    owner: str = "rbp_solve",
 ) -> Solution:
     """The solution, once its failure, if it is one, was said or put into its value.
 
-    ``solve``: which solve it is of. A ``truncated`` one fails where its residual is
-    above 1: worse than that of zero.
+    ``solve``: which solve it is of, in the function ``owner``. A ``truncated`` one
+    fails where its residual is above 1: worse than that of zero.
     """
     if on_failure == "ignore":
         return solution
@@ -52,7 +53,7 @@ def heard(
         factor = jnp.where(failed, jnp.nan, 1.0)
         return solution._replace(value=tree.scale(factor, solution.value))
     said = (failed, solution.status, solution.residual, solution.num_steps)
-    jax.debug.callback(partial(_say, on_failure, solve), *said)
+    jax.debug.callback(partial(_say, on_failure, f"{owner}, {solve}"), *said)
     return solution
 
 
@@ -67,7 +68,7 @@ def _say(
     """Warns or raises, on the host; under vmap and scan it is called for each solve."""
     if not failed:
         return
-    line = f"rbp_solve, {solve}: {_summary(status, residual, num_steps)}"
+    line = f"{solve}: {_summary(status, residual, num_steps)}"
     if on_failure == "raise":
         raise RuntimeError(line)
     warnings.warn(line, RuntimeWarning, stacklevel=2)

@@ -72,15 +72,15 @@ def bptt(
       Williams and Peng, "An efficient gradient-based algorithm for on-line training of
       recurrent network trajectories", 1990 (truncation).
     """
-    _check_steps("num_steps", num_steps, 1)
+    check_count("num_steps", num_steps, 1)
     if truncation is not None:
-        _check_steps("truncation", truncation, 1, num_steps, "num_steps")
+        check_count("truncation", truncation, 1, num_steps, "num_steps")
     length = num_steps if truncation is None else truncation
     if isinstance(remat, bool):
         segment = math.isqrt(length - 1) + 1 if remat else 0
     else:
         limit = "num_steps" if truncation is None else "truncation"
-        _check_steps("remat", remat, 1, length, limit)
+        check_count("remat", remat, 1, length, limit)
         segment = remat
     state_of = select_state(f) if has_aux else f
 
@@ -117,7 +117,7 @@ def _applied(
         segments = length // segment
         h, _ = lax.scan(lambda h, _: (full(args, h), None), h, length=segments)
     h = _run(step, args, h, length % segment if segment else length)
-    return _unrolled(step, args, h, num_steps)
+    return unrolled(step, args, h, num_steps)
 
 
 def _run(step: ClosedStep, args: PyTree, h: PyTree, length: int) -> PyTree:
@@ -126,7 +126,7 @@ def _run(step: ClosedStep, args: PyTree, h: PyTree, length: int) -> PyTree:
     return lax.scan(lambda h, _: (once(h), None), h, length=length)[0]
 
 
-def _unrolled(step: ClosedStep, args: PyTree, h: PyTree, num_steps: int) -> Solution:
+def unrolled(step: ClosedStep, args: PyTree, h: PyTree, num_steps: int) -> Solution:
     """The solution, with a residual that the compiler removes when nobody reads it."""
     fixed, value = lax.stop_gradient((args, h))
     tol = tree.default_tol(h)
@@ -136,7 +136,7 @@ def _unrolled(step: ClosedStep, args: PyTree, h: PyTree, num_steps: int) -> Solu
     return found._replace(value=h)
 
 
-def _check_steps(
+def check_count(
     name: str, value: object, low: int, high: int | None = None, high_name: str = ""
 ) -> None:
     """Raises ValueError unless ``value`` is an int in [low, high]."""

@@ -21,11 +21,14 @@ STRATEGIES = {
     "forward_steps": FixedPointIteration(steps=3),
     "forward_all": FixedPointIteration(max_steps=7, tol=1e-3, damping=0.25),
     "forward_anderson": rbpjax.Anderson(),
+    "forward_broyden": rbpjax.Broyden(memory=4),
     "forward_rre": rbpjax.RRE(),
     "hybrid": rbpjax.Hybrid(),
     "newton": Newton(),
     "newton_nested": Newton(CGNormal(tol=1e-3), max_steps=7, tol=1e-4, warmup=2),
     "cg": rbpjax.CG(),
+    "jfb": rbpjax.JFB(),
+    "phantom": rbpjax.Phantom(steps=7),
     "cg_ridge": CGNormal(ridge=1e-5),
     "rbp_nested": RBP(FixedPointIteration(steps=2), seed=3),
 }
@@ -47,6 +50,7 @@ few = pytest.mark.parametrize(
 FORWARD = (
     FixedPointIteration,
     rbpjax.Anderson,
+    rbpjax.Broyden,
     rbpjax.RRE,
     rbpjax.Hybrid,
     Newton,
@@ -71,7 +75,7 @@ def test_strategies_are_values(make):
     assert eval(repr(make), vars(rbpjax)) == make
     assert jax.tree.leaves(make) == []
     assert jax.tree.structure(make) == jax.tree.structure(copy)
-    field = dataclasses.fields(make)[0].name
+    field = next((field.name for field in dataclasses.fields(make)), "steps")
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(make, field, None)
 

@@ -209,6 +209,7 @@ def test_gradient_scales_with_the_loss_in_float32(name, scale):
     rule = {
         "neumann": Neumann(),
         "neumann_steps": Neumann(steps=400),
+        "phantom": rbpjax.Phantom(steps=400),
         "rbp": RBP(),
         "rbp_uniform": RBP(seed=7),
         "anderson": RBP(rbpjax.Anderson()),

@@ -15,6 +15,7 @@ from rbpjax import (
     RBP,
     RRE,
     BiCGSTAB,
+    Broyden,
     CGNormal,
     Direct,
     FixedPointIteration,
@@ -27,6 +28,8 @@ from tests.support.problems import EXPANSIVE, PROBLEMS, assert_close, fixed_poin
 SOLVERS = {
     "rre": RRE(tol=1e-12),
     "rre_one": RRE(memory=1, tol=1e-12),
+    "broyden": Broyden(tol=1e-12),
+    "broyden_two": Broyden(memory=2, tol=1e-12),
     "newton": Newton(tol=1e-12),
     "newton_bicgstab": Newton(BiCGSTAB(tol=1e-2), tol=1e-12),
     "newton_cg": Newton(CGNormal(tol=1e-4), tol=1e-12, warmup=3),
@@ -37,6 +40,7 @@ SOLVERS = {
 CASES = [(s, name) for s in SOLVERS for name in [*PROBLEMS, "expansive"]]
 SHORT = ("expansive",)
 CASES.remove(("rre_one", "expansive"))  # the next test
+CASES.remove(("broyden_two", "expansive"))  # three numbers take more
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from rbpjax import (
     Adaptive,
     Anderson,
     BiCGSTAB,
+    Broyden,
     CGNormal,
     Direct,
     FixedPointIteration,
@@ -31,7 +32,14 @@ from rbpjax._core.strategy import filled, split
 W = jnp.array([[0.3, -0.6], [0.5, 0.4]])
 SYMMETRIC = jnp.array([[0.5, -0.3], [-0.3, 0.2]])
 X, H = jnp.array([0.4, -0.2]), jnp.zeros(2)
-SOLVERS = [FixedPointIteration(), Anderson(), RRE(), Newton(), Hybrid()]
+SOLVERS = [
+    FixedPointIteration(),
+    Anderson(),
+    Broyden(),
+    RRE(),
+    Newton(),
+    Hybrid(),
+]
 RULES = [Neumann(), Adaptive(), BiCGSTAB(), CG(), CGNormal(), GMRES(), Direct()]
 name = lambda strategy: type(strategy).__name__
 

@@ -29,6 +29,7 @@ from rbpjax import (
     Direct,
     FixedPointIteration,
     Neumann,
+    Phantom,
     Solution,
 )
 
@@ -129,6 +130,7 @@ def optax_norm(tree) -> jax.Array:
 RULES = {
     "neumann": Neumann(tol=1e-12),
     "neumann_steps": Neumann(steps=400),
+    "phantom": Phantom(steps=400, damping=0.2),
     "rbp": RBP(FixedPointIteration(tol=1e-13)),
     "rbp_uniform": RBP(FixedPointIteration(tol=1e-13), seed=7),
     "anderson": RBP(Anderson(tol=1e-13)),
@@ -155,7 +157,7 @@ ROBUST = (
     "callable",
 )
 # Rules whose number of steps does not depend on the problem.
-FIXED_COUNT = ("neumann_steps", "direct", "callable")
+FIXED_COUNT = ("neumann_steps", "phantom", "direct", "callable")
 
 
 def rows(table: Any, default: Any = REPRESENTATIVE) -> list:

@@ -19,7 +19,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import rbpjax
-from rbpjax import RRE, Anderson, FixedPointIteration, Hybrid, Newton
+from rbpjax import RRE, Anderson, Broyden, FixedPointIteration, Hybrid, Newton
 from tests.support.problems import RULES, ZEROS, replace
 
 BATCH, UNITS = 16, 8
@@ -30,6 +30,7 @@ SOLVERS = {
     "iteration": FixedPointIteration(tol=TOL),
     "steps": FixedPointIteration(steps=150),
     "anderson": Anderson(tol=TOL),
+    "broyden": Broyden(tol=TOL),
     "rre": RRE(tol=TOL),
     "newton": Newton(rbpjax.Adaptive(tol=1e-8), tol=TOL),
 }

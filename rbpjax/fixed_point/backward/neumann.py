@@ -20,14 +20,13 @@ class Neumann:
     """The truncated Neumann series z_K = Σ_{k ≤ K} (Jᵀ)ᵏ g.
 
     Truncated, hence biased: z - z_K = (Jᵀ)^{K+1} z. The series converges if and only if
-    ρ(J) < 1, at rate ρ(J). K = 0 is the one-step ("Jacobian-free") gradient; at the
+    ρ(J) < 1, at rate ρ(J). K = 0 is the one-step gradient (``JFB``); at the
     fixed point, K = RBP's K steps from g = TBPTT with K + 1 transitions.
 
     With ``damping`` 1 - ω it is Richardson's iteration, z_K = ω Σ_{k ≤ K} Bᵏ g with
     B = ωJᵀ + (1 - ω)I: the same limit, reached for a small enough ω wherever all
-    eigenvalues of J have real parts below 1, ρ(J) > 1 included. The phantom
-    gradient (Neumann form) of k steps and factor τ is ``Neumann(steps=k - 1,
-    damping=1 - τ)``.
+    eigenvalues of J have real parts below 1, ρ(J) > 1 included: the phantom
+    gradient of a fixed number of steps (``Phantom``).
 
     Cost: one VJP a step; memory: three states. With ``tol`` there is one VJP more, as
     the residual of z_K is the next term of the series; the report measures it anew.

@@ -358,8 +358,9 @@ def apply_rule(
     if start is not None and not takes_start(rule):
         raise ValueError(
             f"the backward rule {rule!r} takes no start: to go on from an earlier "
-            "adjoint, as of a probe, it must be callable as rule(vjp, cotangent, "
-            "start=z). Add the keyword, or give no adjoint to start from."
+            "adjoint, as of a probe or by Broyden(share=True), it must be callable as "
+            "rule(vjp, cotangent, start=z). Add the keyword, or give no adjoint to "
+            "start from."
         )
     options = {} if start is None else {"start": start}
     axes = sharding.coupling(vjp, cotangent)

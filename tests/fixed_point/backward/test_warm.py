@@ -100,7 +100,9 @@ def test_a_useless_start_is_none(name, bad):
         assert warm.converged
         assert_close(warm.value, cold.value, CONVERGED_RTOL)
     else:
-        np.testing.assert_array_equal(warm.value, cold.value)
+        # The factor of the damped series is fused with the sum in one of them.
+        rounding = 4e-16 if name == "phantom" else 0
+        np.testing.assert_allclose(warm.value, cold.value, rounding, 0)
         assert int(warm.num_steps) == int(cold.num_steps)
 
 

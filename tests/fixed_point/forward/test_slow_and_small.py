@@ -36,6 +36,7 @@ def momentum(distance, dtype=float):
 ALL = {
     "plain": FixedPointIteration(max_steps=5000),
     "Anderson": rbpjax.Anderson(),
+    "Broyden": rbpjax.Broyden(max_steps=2000),
     "RRE": rbpjax.RRE(max_steps=2000),
     "Newton": rbpjax.Newton(),
     "Hybrid": rbpjax.Hybrid(),
