@@ -7,6 +7,8 @@ choose, for n units and P parameters:
 * ``nobacktrack``, ``kalman_nobacktrack``: scales for each unit; O(n P) in general.
 * ``kf_rtrl``: a ``PreactivationCell``, O(n³), unbiased, far less noise.
 * ``snap1``, ``rflo``: a ``PreactivationCell``, O(P), no noise, biased.
+* ``diagonal_rtrl``: an ``ElementwiseCell``, whose units do not see each other, O(P),
+  no noise, exact; of a ``LayeredCell`` biased below the top layer.
 * ``rtrl``: exact, O(n² P): small networks, and the oracle for all others.
 * ``bptt``: the baseline, over a whole sequence, truncated or not.
 
@@ -17,6 +19,8 @@ influence. ``rank_one`` is the trick beneath, by itself.
 from rbpjax.online import combine, rank_one
 from rbpjax.online.bptt import bptt
 from rbpjax.online.cell import PreactivationCell
+from rbpjax.online.diagonal import diagonal_rtrl
+from rbpjax.online.elementwise import ElementwiseCell, LayeredCell
 from rbpjax.online.estimator import Carry, Estimator, OnlineOutput
 from rbpjax.online.kalman import kalman_nobacktrack
 from rbpjax.online.kf_rtrl import kf_rtrl
@@ -28,11 +32,14 @@ from rbpjax.online.uoro import uoro
 
 __all__ = [
     "Carry",
+    "ElementwiseCell",
     "Estimator",
+    "LayeredCell",
     "OnlineOutput",
     "PreactivationCell",
     "bptt",
     "combine",
+    "diagonal_rtrl",
     "kalman_nobacktrack",
     "kf_rtrl",
     "nobacktrack",

@@ -22,6 +22,7 @@ from rbpjax.online.estimator import (
     Estimator,
     LossFn,
     OnlineOutput,
+    check_real,
     checked,
     observe,
     start,
@@ -106,6 +107,7 @@ def kf_rtrl(cell: PreactivationCell, loss: LossFn) -> Estimator:
 
     def init(params: PyTree, h0: PyTree) -> Carry:
         h0 = start(params, h0)
+        check_real(h0, "h0")
         gates, units, size = jnp.shape(cell.kernel(params))
         leaves = len(jax.tree.leaves(h0))
         dtype = jnp.result_type(cell.kernel(params))
