@@ -12,11 +12,12 @@ choose, for n units and P parameters:
 * ``rtrl``: exact, O(n² P): small networks, and the oracle for all others.
 * ``bptt``: the baseline, over a whole sequence, truncated or not.
 
+``cells`` has vanilla, leaky, GRU, LSTM and linear recurrent units, ready for these.
 ``combine`` makes estimators from estimators: averages, batches, resets, a bound on the
 influence. ``rank_one`` is the trick beneath, by itself.
 """
 
-from rbpjax.online import combine, rank_one
+from rbpjax.online import cells, combine, rank_one
 from rbpjax.online.bptt import bptt
 from rbpjax.online.cell import PreactivationCell
 from rbpjax.online.diagonal import diagonal_rtrl
@@ -38,6 +39,7 @@ __all__ = [
     "OnlineOutput",
     "PreactivationCell",
     "bptt",
+    "cells",
     "combine",
     "diagonal_rtrl",
     "kalman_nobacktrack",
