@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import reduce
 from typing import NamedTuple
 
 import jax
@@ -181,7 +182,8 @@ def _read(delta: PyTree, trace: Traces) -> Traces:
     """Σ over a unit's state of δᵢ Eᵢ: the gradient in W and in ``own``."""
 
     def leaf(e: jax.Array, axis: int) -> jax.Array:
-        return jnp.sum(_along(_stack(delta, e.dtype), e, axis) * e, 0)
+        rows = _along(_stack(delta, e.dtype), e, axis)
+        return _sum(rows[s] * e[s] for s in range(len(e)))
 
     return _on_units(leaf, trace)
 
@@ -209,8 +211,8 @@ def _carry_on(
     )
 
     def leaf(e: jax.Array, axis: int) -> jax.Array:
-        # A sum of products, and no product of matrices: S is 1 or 2.
-        return jnp.sum(_along(jac.astype(e.dtype), e, axis) * e[None], 1)
+        columns = _along(jac.astype(e.dtype), e, axis)
+        return _sum(columns[:, s] * e[None, s] for s in range(len(e)))
 
     return jax.tree.map(lambda e, f: e + f.astype(e.dtype), _on_units(leaf, trace), new)
 
@@ -225,6 +227,11 @@ def _along(x: jax.Array, e: jax.Array, axis: int) -> jax.Array:
     shape = [1] * (e.ndim - 1)
     shape[axis] = x.shape[-1]
     return x.reshape(*x.shape[:-1], *shape)
+
+
+def _sum(terms: Iterable[jax.Array]) -> jax.Array:
+    """One or two terms, S of them: written out, they are fused with their products."""
+    return reduce(jnp.add, terms)
 
 
 def _stack(tree: PyTree, dtype: jnp.dtype) -> jax.Array:
