@@ -7,6 +7,7 @@ choose, for n units and P parameters:
 * ``nobacktrack``, ``kalman_nobacktrack``: scales for each unit; O(n P) in general.
 * ``kf_rtrl``: a ``PreactivationCell``, O(n³), unbiased, far less noise.
 * ``snap1``, ``rflo``: a ``PreactivationCell``, O(P), no noise, biased.
+* ``snap``: the same over n steps of a sparse recurrence, less biased, dearer.
 * ``diagonal_rtrl``: an ``ElementwiseCell``, whose units do not see each other, O(P),
   no noise, exact; of a ``LayeredCell`` biased below the top layer.
 * ``rtrl``: exact, O(n² P): small networks, and the oracle for all others.
@@ -29,6 +30,7 @@ from rbpjax.online.local import rflo, snap1
 from rbpjax.online.metric import scale_by_quasi_diagonal
 from rbpjax.online.nobacktrack import nobacktrack
 from rbpjax.online.rtrl import rtrl
+from rbpjax.online.snap import snap
 from rbpjax.online.uoro import uoro
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "rflo",
     "rtrl",
     "scale_by_quasi_diagonal",
+    "snap",
     "snap1",
     "uoro",
 ]

@@ -22,6 +22,7 @@ STREAMING = {
     "kf_rtrl": online.kf_rtrl,
     "snap1": online.snap1,
     "rflo": online.rflo,
+    "snap2": lambda f, loss: online.snap(f, loss, order=2),
     "diagonal_rtrl": online.diagonal_rtrl,
     "average": lambda f, loss: online.combine.average(online.uoro(f, loss), 3),
     "renormalize": lambda f, loss: online.combine.renormalize(
