@@ -6,6 +6,7 @@ choose, for n units and P parameters:
 * ``uoro``: any step function, O(n² + P) a step, unbiased, noisy; the default.
 * ``nobacktrack``, ``kalman_nobacktrack``: scales for each unit; O(n P) in general.
 * ``kf_rtrl``: a ``PreactivationCell``, O(n³), unbiased, far less noise.
+* ``ok_rtrl``: the same with several products and least variance, O(r n³) for r.
 * ``snap1``, ``rflo``: a ``PreactivationCell``, O(P), no noise, biased.
 * ``snap``: the same over n steps of a sparse recurrence, less biased, dearer.
 * ``diagonal_rtrl``: an ``ElementwiseCell``, whose units do not see each other, O(P),
@@ -29,6 +30,7 @@ from rbpjax.online.kf_rtrl import kf_rtrl
 from rbpjax.online.local import rflo, snap1
 from rbpjax.online.metric import scale_by_quasi_diagonal
 from rbpjax.online.nobacktrack import nobacktrack
+from rbpjax.online.ok_rtrl import ok_rtrl
 from rbpjax.online.rtrl import rtrl
 from rbpjax.online.snap import snap
 from rbpjax.online.uoro import uoro
@@ -47,6 +49,7 @@ __all__ = [
     "kalman_nobacktrack",
     "kf_rtrl",
     "nobacktrack",
+    "ok_rtrl",
     "rank_one",
     "rflo",
     "rtrl",

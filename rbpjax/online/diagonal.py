@@ -113,7 +113,7 @@ def diagonal_rtrl(cell: ElementwiseCell | LayeredCell, loss: LossFn) -> Estimato
 
     References:
       Zucchet, Meier, Schug, Mujika, Sacramento, "Online learning of long-range
-      dependencies", https://arxiv.org/abs/2305.15947, equations 4 to 6 and section 3.3.
+      dependencies", https://arxiv.org/abs/2305.15947, section 3.
       Irie, Gopalakrishnan, Schmidhuber, "Exploring the Promise and Limits of Real-Time
       Recurrent Learning", https://arxiv.org/abs/2305.19044, section 3.
     """

@@ -59,7 +59,7 @@ class ElementwiseCell:
 
     References:
       Irie, Gopalakrishnan, Schmidhuber, "Exploring the Promise and Limits of Real-Time
-      Recurrent Learning", https://arxiv.org/abs/2305.19044, section 3.1.
+      Recurrent Learning", https://arxiv.org/abs/2305.19044, section 3.
     """
 
     kernel: Callable[[PyTree], jax.Array] = function(
@@ -167,7 +167,7 @@ class LayeredCell:
 
     References:
       Zucchet, Meier, Schug, Mujika, Sacramento, "Online learning of long-range
-      dependencies", https://arxiv.org/abs/2305.15947, section 3.3.
+      dependencies", https://arxiv.org/abs/2305.15947, section 3.
     """
 
     cells: tuple[ElementwiseCell, ...] = option(
