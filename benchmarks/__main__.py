@@ -17,6 +17,7 @@ from benchmarks.harness.experiment import Experiment
 from benchmarks.harness.options import UsageError, check, require
 from benchmarks.hopfield.experiment import Hopfield
 from benchmarks.hyperopt.experiment import Hyperopt
+from benchmarks.online.copying import OnlineCopying
 from benchmarks.online.experiment import Online
 from benchmarks.perturb.experiment import Perturb
 from benchmarks.perturb.unrolls import PerturbUnrolls
@@ -39,6 +40,7 @@ EXPERIMENTS: tuple[type[Experiment], ...] = (
     Kills,
     Modes,
     Online,
+    OnlineCopying,
     Perturb,
     PerturbUnrolls,
     Rules,

@@ -20,6 +20,7 @@ from benchmarks.harness.results import read_json
 from benchmarks.harness.tables import mean_std, table
 from benchmarks.hopfield import report as hopfield
 from benchmarks.hyperopt import experiment as hyperopt
+from benchmarks.online import copying
 from benchmarks.online import experiment as online
 from benchmarks.online import figures as online_figures
 from benchmarks.perturb import experiment as perturb
@@ -302,6 +303,17 @@ def online_tables() -> str:
     return "\n\n".join(made)
 
 
+def copying_table() -> str:
+    """Copying over a long delay, online."""
+    result = read_json("online-copying")
+    options = result["options"]
+    return (
+        f"{copying.show(result)}\n\n{len(options['seeds'])} seeds, mean ± standard "
+        f"deviation, {options['updates']} updates of {copying.EPISODES} episodes; bits "
+        "a symbol over the last tenth; chance is 3. " + _where(result)
+    )
+
+
 def unitary_tables() -> str:
     """A table for each part of ``unitary``."""
     titles = {
@@ -395,6 +407,7 @@ def draw_all() -> None:
         part.draw(read_json(f"hyperopt-{name}"), f"hyperopt-{name}")
     for part in ("anbn", "balance", "brackets", "cost", "quality", "text"):
         online_figures.draw(part, f"online-{part}")
+    copying.draw(read_json("online-copying"), "online-copying")
     for part in (*perturb.TASKS, "scaling", "cost"):
         perturb.draw(part, read_json(f"perturb-{part}"), f"perturb-{part}")
     unrolls.draw(read_json("perturb-unrolls"), "perturb-unrolls")
@@ -432,6 +445,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "hyperopt": hyperopt_tables,
     "modes": modes_table,
     "online": online_tables,
+    "online-copying": copying_table,
     "perturb": perturb_table,
     "perturb-unrolls": unrolls_table,
     "rules": rules_table,

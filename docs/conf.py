@@ -83,6 +83,7 @@ TITLES = {
     "rbpjax.regularizers": "Regularizers",
     "rbpjax.nn": "Flax nnx modules",
     "rbpjax.online": "Streaming gradients",
+    "rbpjax.online.cells": "Cells ready to use",
     "rbpjax.online.combine": "Combining estimators",
     "rbpjax.online.rank_one": "The rank-one trick",
     "rbpjax.perturb": "Forward-only gradients",

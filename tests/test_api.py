@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import pytest
 
 import rbpjax
-from rbpjax import nn
+from rbpjax import nn, online
 
 ROOT = Path(__file__).parents[1]
 
@@ -197,6 +197,14 @@ GIVEN = {
     "kernel": lambda params: params[None],
     "features": lambda x, h: h,
     "activate": lambda z, h: jnp.tanh(z[0]),
+    "cells": (
+        online.ElementwiseCell(
+            kernel=lambda params: params[None],
+            features=lambda x: x,
+            activate=lambda own, z, h: h + z[0],
+        ),
+    ),
+    "between": (),
 }
 
 

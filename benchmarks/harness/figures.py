@@ -45,6 +45,8 @@ LOOKS: Mapping[str, tuple[str, Any]] = {
     "Kalman NoBackTrack": ("C6", "--"),
     "KF-RTRL": ("C5", "-"),
     "SnAp-1": ("C2", "-"),
+    "Diagonal RTRL": ("C4", "-"),
+    "Diagonal RTRL, two layers": ("C4", "--"),
     "RFLO": ("C9", "--"),
     # Forward only.
     "WP": ("C2", "-"),

@@ -213,7 +213,6 @@ def checked(
                 "`carry` must be the Carry that `init(params, h0)` or the last step "
                 f"returned; got {type(carry).__name__}."
             )
-        check_real(carry.h, "h")
         like = jax.eval_shape(blank or init, params, carry.h)
         check_like(carry, like, "`carry`", "what `init(params, h)` returns", _CARRY)
         noise = vary_like(_as_noise(noise, draw, like), carry.h)
@@ -251,11 +250,47 @@ def check_shapes(
         )
 
 
+class Parts(NamedTuple):
+    """A complex leaf as two real ones.
+
+    Attributes:
+      re: its real part.
+      im: its imaginary part.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rbpjax.online.estimator import Parts, parts
+      >>> parts({"h": jnp.array([1 + 2j])})["h"].im.tolist()
+      [2.0]
+    """
+
+    re: jax.Array
+    im: jax.Array
+
+
+def parts(tree: PyTree) -> PyTree:
+    """The floating-point leaves of ``tree`` as real arrays, ``Parts`` of complex ones.
+
+    A step need not be holomorphic, so that its derivatives are those of these.
+    """
+    split = lambda x: Parts(x.real, x.imag) if jnp.iscomplexobj(x) else x
+    return jax.tree.map(split, floats(tree))
+
+
+def whole(tree: PyTree) -> PyTree:
+    """The leaves of which ``parts`` made ``tree``."""
+    is_pair = lambda x: isinstance(x, Parts)
+    join = lambda x: jax.lax.complex(*x) if is_pair(x) else x
+    return jax.tree.map(join, tree, is_leaf=is_pair)
+
+
 class Observed(NamedTuple):
     """One step and its loss as functions of the floating-point leaves alone.
 
+    States are in ``parts``: all arrays here but ``h_next`` are real.
+
     Attributes:
-      h_next: the new state, all its leaves.
+      h_next: the new state, all its leaves, as ``f`` returned it.
       f: ``f(params, h) -> h``.
       params: the floating-point leaves of the parameters.
       h: the floating-point leaves of the old state.
@@ -293,24 +328,22 @@ def observe(
     h_next = f(params, x, h)
 
     def float_f(p: PyTree, s: PyTree) -> PyTree:
-        return floats(f(merge(p, params), x, merge(s, h)))
+        return parts(f(merge(p, params), x, merge(whole(s), h)))
 
     def float_loss(p: PyTree, s: PyTree) -> jax.Array:
-        return loss(merge(p, params), merge(s, h_next), y)
+        return loss(merge(p, params), merge(whole(s), h_next), y)
 
     # Inside shard_map each device has its own estimate, also of parameters they share.
-    p, s = vary_like((floats(params), floats(h)), h_next)
+    p, s = vary_like((floats(params), parts(h)), h_next)
     gradient = jax.value_and_grad(float_loss, argnums=(0, 1))
-    value, (direct, delta) = gradient(p, floats(h_next))
+    value, (direct, delta) = gradient(p, parts(h_next))
     return Observed(h_next, float_f, p, s, value, direct, delta)
 
 
 def start(params: PyTree, h0: PyTree) -> PyTree:
-    """``h0`` with arrays for leaves; ValueError where it or ``params`` is complex."""
+    """``h0`` with arrays for leaves; ValueError where ``params`` is complex."""
     check_real(params, "params")
-    h0 = as_state(h0, mixed=True)
-    check_real(h0, "h0")
-    return h0
+    return as_state(h0, mixed=True)
 
 
 def check_functions(
@@ -318,7 +351,6 @@ def check_functions(
 ) -> None:
     """Raises ValueError unless f maps states to states, and the loss to scalars."""
     check_real(params, "params")
-    check_real(h, "h")
     remedy = "A step that returns (h, output) must select h."
     out = jax.eval_shape(f, params, x, h)
     check_like(out, h, "`f`'s output", "its state `h`", remedy)
@@ -336,8 +368,8 @@ def check_real(tree: PyTree, name: str) -> None:
     for leaf in jax.tree.leaves(tree):
         if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
             raise ValueError(
-                f"`{name}` holds a complex leaf of shape {jnp.shape(leaf)}; online "
-                "estimators are real. Carry its real and imaginary part instead."
+                f"`{name}` holds a complex leaf of shape {jnp.shape(leaf)}, and must "
+                "be real here. Hold its real and imaginary part instead."
             )
 
 

@@ -17,6 +17,7 @@ from rbpjax.online.estimator import (
     OnlineOutput,
     checked,
     observe,
+    parts,
 )
 from rbpjax.online.metric import (
     QuasiDiagonalState,
@@ -137,7 +138,7 @@ def kalman_nobacktrack(
 
     def blank(params: PyTree, h0: PyTree) -> Carry:
         carry = zero_pair(params, h0)
-        unseen = optax.tree.zeros_like(floats(carry.h))
+        unseen = optax.tree.zeros_like(parts(carry.h))
         return carry._replace(metric=Metric(empty(rows, floats(params)), unseen))
 
     def step(

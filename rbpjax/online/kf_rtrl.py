@@ -13,6 +13,7 @@ from rbpjax._core.tree import axpy, scale
 from rbpjax.online.balance import scales
 from rbpjax.online.cell import (
     PreactivationCell,
+    UnitJacobians,
     check_cell,
     kernel_to_params,
     unit_jacobians,
@@ -22,6 +23,7 @@ from rbpjax.online.estimator import (
     Estimator,
     LossFn,
     OnlineOutput,
+    check_real,
     checked,
     observe,
     start,
@@ -49,6 +51,28 @@ class Kronecker(NamedTuple):
 
     u: jax.Array
     a: jax.Array
+
+
+def pushed(
+    cell: PreactivationCell, params: PyTree, x: PyTree, h: PyTree, a: jax.Array
+) -> jax.Array:
+    """J A, column by column of A."""
+
+    def push(column: jax.Array) -> jax.Array:
+        leaves, treedef = jax.tree.flatten(h)
+        parts = [c.astype(s.dtype) for c, s in zip(column, leaves, strict=True)]
+        tangent = treedef.unflatten(parts)
+        _, out = jax.jvp(lambda s: cell(params, x, s), (h,), (tangent,))
+        return jnp.stack(jax.tree.leaves(out)).astype(a.dtype)
+
+    return jax.vmap(jax.vmap(push, -1, -1), -1, -1)(a)
+
+
+def immediate(inside: UnitJacobians, like: jax.Array) -> jax.Array:
+    """D = ∂h'/∂z, in the form of A: zero between units."""
+    units = jnp.arange(like.shape[1])
+    by_unit = jnp.swapaxes(inside.gates, 0, 1)
+    return jnp.zeros_like(like).at[:, units, :, units].set(by_unit)
 
 
 def kf_rtrl(cell: PreactivationCell, loss: LossFn) -> Estimator:
@@ -106,6 +130,7 @@ def kf_rtrl(cell: PreactivationCell, loss: LossFn) -> Estimator:
 
     def init(params: PyTree, h0: PyTree) -> Carry:
         h0 = start(params, h0)
+        check_real(h0, "h0")
         gates, units, size = jnp.shape(cell.kernel(params))
         leaves = len(jax.tree.leaves(h0))
         dtype = jnp.result_type(cell.kernel(params))
@@ -123,18 +148,8 @@ def kf_rtrl(cell: PreactivationCell, loss: LossFn) -> Estimator:
         inside = jax.tree.map(
             lambda j: j.astype(a.dtype), unit_jacobians(cell, params, x, carry.h)
         )
-
-        def push(column: jax.Array) -> jax.Array:  # one column of J A
-            leaves, treedef = jax.tree.flatten(carry.h)
-            parts = [c.astype(s.dtype) for c, s in zip(column, leaves, strict=True)]
-            tangent = treedef.unflatten(parts)
-            _, out = jax.jvp(lambda s: cell(params, x, s), (carry.h,), (tangent,))
-            return jnp.stack(jax.tree.leaves(out)).astype(a.dtype)
-
-        ja = jax.vmap(jax.vmap(push, -1, -1), -1, -1)(a)
-        units = jnp.arange(a.shape[1])
-        by_unit = jnp.swapaxes(inside.gates, 0, 1)
-        d = jnp.zeros_like(a).at[:, units, :, units].set(by_unit)
+        ja = pushed(cell, params, x, carry.h, a)
+        d = immediate(inside, a)
 
         delta = jnp.stack(jax.tree.leaves(here.delta)).astype(a.dtype)
         kernel_grad = jnp.einsum("si,siaj,k->ajk", delta, ja, u) + jnp.einsum(

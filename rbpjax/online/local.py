@@ -20,6 +20,7 @@ from rbpjax.online.estimator import (
     Estimator,
     LossFn,
     OnlineOutput,
+    check_real,
     checked,
     no_noise,
     observe,
@@ -161,6 +162,7 @@ def local_influence(
 
     def init(params: PyTree, h0: PyTree) -> Carry:
         h0 = start(params, h0)
+        check_real(h0, "h0")
         kernel = cell.kernel(params)
         shape = (len(jax.tree.leaves(h0)), *kernel.shape)
         return Carry(h0, jnp.zeros(shape, kernel.dtype))

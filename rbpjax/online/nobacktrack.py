@@ -69,9 +69,10 @@ def nobacktrack(
     Args:
       f: step function ``f(params, x, h) -> h``; any pytrees.
       loss: ``loss(params, h, y) -> scalar`` at the new state.
-      row_norms: ``row_norms(params, x, h)``, a pytree like ``h`` with the ‖Fᵢ‖, where
-        they are known in closed form. For h' = tanh(W h + U x + b), ‖Fᵢ‖ is
-        (1 - h'ᵢ²) √(‖h‖² + ‖x‖² + 1). Wrong values cost variance, never bias.
+      row_norms: ``row_norms(params, x, h)``, a pytree like ``h`` with the ‖Fᵢ‖ (of
+        complex leaves ``Parts``), where they are known in closed form. For
+        h' = tanh(W h + U x + b), ‖Fᵢ‖ is (1 - h'ᵢ²) √(‖h‖² + ‖x‖² + 1). Wrong values
+        cost variance, never bias.
 
     Returns:
       An ``Estimator``. Its influence is ``RankOne(v, w)``, v like ``h0``, w like

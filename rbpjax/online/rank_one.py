@@ -18,7 +18,7 @@ from jax.flatten_util import ravel_pytree
 from rbpjax._core.products import jvp
 from rbpjax._core.step import floats
 from rbpjax._core.tree import axpy, vdot
-from rbpjax.online.estimator import Carry, Observed, start
+from rbpjax.online.estimator import Carry, Observed, parts, start
 from rbpjax.types import PyTree
 
 __all__ = ["RankOne", "all_signs", "reduce", "scales", "variance"]
@@ -31,8 +31,8 @@ class RankOne(NamedTuple):
     its mean over the noise is G = ∂h/∂θ, and what ``reduce`` returns.
 
     Attributes:
-      v: same pytree as the floating-point leaves of the state; ``[n]`` from
-        ``reduce``.
+      v: same pytree as the floating-point leaves of the state, ``Parts`` for complex
+        ones; ``[n]`` from ``reduce``.
       w: same pytree as the floating-point leaves of the parameters; ``[P]`` from
         ``reduce``.
 
@@ -210,15 +210,15 @@ def zero_pair(params: PyTree, h0: PyTree) -> Carry:
     """The carry before the first step: the state, and v wᵀ = 0."""
     h0 = start(params, h0)
     zeros = optax.tree.zeros_like
-    return Carry(h0, RankOne(zeros(floats(h0)), zeros(floats(params))))
+    return Carry(h0, RankOne(zeros(parts(h0)), zeros(floats(params))))
 
 
 def state_signs(key: jax.Array, carry: Carry) -> PyTree:
-    """Independent uniform signs, one for each unit of the state."""
+    """Independent uniform signs, one for each real number of the state."""
     # Signs, not just any noise of mean zero: E εεᵀ = I is what the reduction needs,
     # and uniform noise on [-1, 1] would shrink the influence to a third.
     return optax.tree.random_like(
-        key, floats(carry.h), sampler=lambda k, s, d: jax.random.rademacher(k, s, d)
+        key, parts(carry.h), sampler=lambda k, s, d: jax.random.rademacher(k, s, d)
     )
 
 

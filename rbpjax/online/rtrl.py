@@ -17,6 +17,7 @@ from rbpjax.online.estimator import (
     checked,
     no_noise,
     observe,
+    parts,
     start,
 )
 from rbpjax.types import PyTree, StepFn
@@ -44,7 +45,8 @@ def rtrl(f: StepFn, loss: LossFn) -> Estimator:
 
     Returns:
       An ``Estimator``. Its influence is a pytree like ``params`` whose leaves have a
-      leading axis over the units of ``h0``, raveled; it needs no noise.
+      leading axis over the units of ``h0``, raveled, complex ones as ``Parts``; it
+      needs no noise.
 
     Raises:
       ValueError: from ``init`` and ``step``; see ``Estimator``.
@@ -68,7 +70,7 @@ def rtrl(f: StepFn, loss: LossFn) -> Estimator:
 
     def init(params: PyTree, h0: PyTree) -> Carry:
         h0 = start(params, h0)
-        units = ravel_pytree(floats(h0))[0].size
+        units = ravel_pytree(parts(h0))[0].size
         influence = jax.tree.map(
             lambda p: jnp.zeros((units, *jnp.shape(p)), jnp.result_type(p)),
             floats(params),

@@ -1,5 +1,6 @@
 """What every estimator promises: units, precision, bad sequences, and whose carry."""
 
+import dataclasses
 import re
 
 import chex
@@ -10,7 +11,7 @@ import pytest
 
 from rbpjax import online
 from rbpjax.online import combine
-from tests.online.test_estimator import STREAMING, each
+from tests.online.test_estimator import STREAMING, each, suited
 from tests.support.online import enumerate_runs, exact_run, mean, run, vanilla
 
 TIGHT = dict(rtol=1e-12, atol=1e-12)
@@ -106,19 +107,18 @@ PAIRS = [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "float32"
 @each("uoro", "kf_rtrl", "rtrl", "nobacktrack")
 def test_states_and_parameters_may_differ_in_dtype(name, of_state, of_params):
     """Scanned: every part of the carry keeps its dtype, gradients are finite."""
-    system = vanilla(n=2, steps=3)
+    system = suited(name, vanilla)(n=2, steps=3)
     cast = lambda p: jax.tree.map(lambda a: a.astype(of_state), p)
-    cell = online.PreactivationCell(
-        kernel=lambda p: system.f.kernel(cast(p)),
-        features=system.f.features,
-        activate=system.f.activate,
-    )
-    loss = lambda p, h, y: jnp.sum((h - y[0]).astype(jnp.float32) ** 2)
+    cell = dataclasses.replace(system.f, kernel=lambda p: system.f.kernel(cast(p)))
+    if name == "diagonal_rtrl":
+        cell = dataclasses.replace(cell, own=lambda p: system.f.own(cast(p)))
+    last = lambda h: jax.tree.leaves(h)[-1]
+    loss = lambda p, h, y: jnp.sum((last(h) - y[0]).astype(jnp.float32) ** 2)
     low = system._replace(
         f=cell,
         loss=loss,
         params=jax.tree.map(lambda a: (0.3 * a).astype(of_params), system.params),
-        **{k: getattr(system, k).astype(of_state) for k in ("h0", "xs", "ys")},
+        **{k: cast(getattr(system, k)) for k in ("h0", "xs", "ys")},
     )
     with jax.numpy_dtype_promotion("standard"):
         _, out = run(STREAMING[name](cell, loss), low)
@@ -378,20 +378,22 @@ def test_an_average_of_what_has_no_noise_is_itself():
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_inside_shard_map(name, check_vma):
     """One sequence a device, parameters shared: each device's own exact run."""
-    system = vanilla(n=2, steps=3)
+    system = suited(name, vanilla)(n=2, steps=3)
     est = STREAMING[name](system.f, system.loss)
     mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec
     alone = run(est, system)[1].grads
 
     def device(h0, xs, ys):
-        _, out = run(est, system._replace(h0=h0[0], xs=xs[0], ys=ys[0]))
+        h0 = jax.tree.map(lambda h: h[0], h0)
+        _, out = run(est, system._replace(h0=h0, xs=xs[0], ys=ys[0]))
         return jax.tree.map(lambda g: g[None], out.grads)
 
     mapped = jax.shard_map(
         device, mesh=mesh, in_specs=spec("i"), out_specs=spec("i"), check_vma=check_vma
     )
-    got = jax.jit(mapped)(system.h0[None], system.xs[None], system.ys[None])
+    h0 = jax.tree.map(lambda h: h[None], system.h0)
+    got = jax.jit(mapped)(h0, system.xs[None], system.ys[None])
     got = jax.tree.map(lambda g: g[0], got)
     chex.assert_trees_all_close(got, alone, rtol=1e-10, atol=1e-12)
     exact_run(system)

@@ -217,3 +217,65 @@ def total(tree):
 def variance(tree):
     """Sum over all numbers of the variance along the leading axis."""
     return sum(np.sum(np.var(x, 0)) for x in jax.tree.leaves(tree))
+
+
+@cache
+def linear_recurrent(n=3, steps=12, seed=5):
+    """A linear recurrent unit, complex, and a loss that sees its parameters."""
+    rng = np.random.default_rng(seed)
+    params = {
+        "B": _normal(rng, 2, n, 2),
+        "nu": _normal(rng, n) - 1.0,
+        "phase": _normal(rng, n),
+        "C": _normal(rng, 2, 2, n),
+    }
+
+    def activate(own, z, h):
+        modulus = jnp.exp(-jnp.exp(own["nu"]))
+        gain = jnp.sqrt(1 - modulus**2)
+        turn = modulus * jnp.cos(own["phase"]), modulus * jnp.sin(own["phase"])
+        return jax.lax.complex(*turn) * h + jax.lax.complex(gain * z[0], gain * z[1])
+
+    cell = online.ElementwiseCell(
+        kernel=lambda p: p["B"],
+        own=lambda p: {k: p[k] for k in ("nu", "phase")},
+        features=lambda x: x,
+        activate=activate,
+    )
+
+    def loss(p, h, y):
+        out = p["C"][0] @ h.real - p["C"][1] @ h.imag
+        return jnp.sum((out - y) ** 2) + 0.1 * jnp.sum(p["nu"]) * jnp.sum(h.imag)
+
+    h0 = jax.lax.complex(_normal(rng, n), _normal(rng, n))
+    data = _normal(rng, steps, 2), _normal(rng, steps, 2)
+    return System(cell, loss, params, h0, *data)
+
+
+@cache
+def min_gru(n=3, steps=12, seed=6):
+    """A real element-wise cell whose gates see the units' own numbers, with two leaves.
+
+    The second leaf remembers the first, so that a unit's Jacobian is no number.
+    """
+    rng = np.random.default_rng(seed)
+    params = {
+        "W": _normal(rng, 2, n, 2),
+        "b": _normal(rng, 2, n),
+        "peep": _normal(rng, n, 3),
+        "C": _normal(rng, 2, n),
+    }
+
+    def activate(peep, z, h):
+        gate = jax.nn.sigmoid(z[0] + peep[0] * h["c"])
+        c = (1 - gate) * h["c"] + gate * jnp.tanh(z[1] + peep[1] * h["past"])
+        return {"c": c, "past": jnp.sin(peep[2] * h["c"]) + 0.5 * h["past"]}
+
+    cell = online.ElementwiseCell(
+        kernel=lambda p: jnp.concatenate([p["W"], p["b"][..., None]], 2),
+        own=lambda p: p["peep"],
+        features=lambda x: jnp.concatenate([x, jnp.ones(1, x.dtype)]),
+        activate=activate,
+    )
+    h0 = {"c": 0.3 * _normal(rng, n), "past": 0.3 * _normal(rng, n)}
+    return _system(cell, params, h0, steps, rng)
