@@ -37,10 +37,12 @@ def test_an_interrupted_run_resumes_bit_for_bit(monkeypatch, capsys):
         patch.setattr(training, "progress", stop_after_two)
         assert main(["online-copying", *QUICK, *options]) == 130
     again = run(*options)["methods"]
-    assert [m["bits"] for m in again.values()] == [m["bits"] for m in whole.values()]
+    assert [m["delays"] for m in again.values()] == [
+        m["delays"] for m in whole.values()
+    ]
     assert not list(checkpoints.CHECKPOINTS.glob("*/"))
     # Exact, both of them: the same curves, but for rounding.
-    curves = [m["bits"]["20"] for m in whole.values()]
+    curves = [m["delays"]["20"]["bits"] for m in whole.values()]
     np.testing.assert_allclose(*curves, rtol=1e-3)
     # One keeps its history, and the other does not.
     streamed, stored = (list(m["bytes"].values()) for m in whole.values())
@@ -53,7 +55,7 @@ def test_all_methods_run():
     """Each has a finite curve."""
     found = run()["methods"]
     assert list(found) == list(copying.METHODS)
-    assert all(np.isfinite(m["bits"]["20"]).all() for m in found.values())
+    assert all(np.isfinite(m["delays"]["20"]["bits"]).all() for m in found.values())
 
 
 def test_an_episode_asks_for_what_it_showed():
