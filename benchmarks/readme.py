@@ -343,16 +343,13 @@ def unitary_tables() -> str:
     return "\n\n".join(made)
 
 
-def collection_tables() -> str:
-    """The classic fixed points, by solver, and the random ones."""
-    classic, drawn = read_json("collection"), read_json("collection-random")
+def collection_table() -> str:
+    """The classic fixed points, by solver."""
+    result = read_json("collection")
     short = lambda row: {k: v for k, v in row.items() if k != "flagged"}
-    shown = lambda result: table([*map(short, collection.rows(result["solvers"]))])
-    peers = ", ".join(f"{name} {n}" for name, n in classic["peers"].items())
-    return (
-        f"{shown(classic)}\n\n{_where(classic)} Others: {peers}.\n\n"
-        f"Random ones:\n\n{shown(drawn)}\n\n{_where(drawn)}"
-    )
+    rows = map(short, collection.rows(result["solvers"]))
+    peers = ", ".join(f"{name} {n}" for name, n in result["peers"].items())
+    return f"{table([*rows])}\n\n{_where(result)} Other libraries: {peers}."
 
 
 def fuzz_rooms_table() -> str:
@@ -436,7 +433,7 @@ def scaling_tables() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "citation": citation_table,
     "citation-paper": citation_paper_table,
-    "collection": collection_tables,
+    "collection": collection_table,
     "families": families_table,
     "fuzz": fuzz_line,
     "fuzz-rooms": fuzz_rooms_table,
