@@ -27,7 +27,7 @@ class Method(NamedTuple):
     """A row of the table of methods that ``diagnose_recurrence`` chooses from.
 
     Attributes:
-      name: what the table calls it, by its public name.
+      name: its public name, with an option where that matters.
       mean: what its gradient is.
       needs: its assumption, in words.
       holds: the assumption, of the numbers that were found.
@@ -139,7 +139,7 @@ METHODS: tuple[Method, ...] = (
         _number(4),
     ),
     Method(
-        "tbptt",
+        "online.bptt(truncation=…)",
         "truncated",
         "gradients fade within half of the sequence",
         lambda d: d.horizon <= d.steps / 2,
@@ -155,7 +155,7 @@ METHODS: tuple[Method, ...] = (
         lambda d: 3 + d.units,
     ),
     Method(
-        "bptt",
+        "online.bptt",
         "exact",
         "memory for the sequence",
         _always,
@@ -233,7 +233,7 @@ def diagnose_recurrence(
       >>> found = diagnose_recurrence(jax.random.key(0), f, w, xs, h0)
       >>> bool(found.settles), bool(found.constant), bool(found.elementwise)
       (True, False, False)
-      >>> bool(found.horizon < 10)  # gradients fade: tbptt with that many steps
+      >>> bool(found.horizon < 10)  # gradients fade: truncate BPTT there
       True
 
     References:
