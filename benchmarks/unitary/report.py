@@ -160,12 +160,14 @@ def draw_task(result: dict[str, Any], name: str) -> None:
     axes[1].set(title="test accuracy", xlabel="iterations")
     legend(fig, axes[0], ncols=3)
     options = result["options"]
+    # Each part has options of its own.
     words = {
-        "copying": f"Copying memory, delay {options['delay']:,}",
-        "adding": f"The adding problem, length {options['length']}",
-        "adding-long": f"The adding problem, length {options['long']}",
+        "copying": "Copying memory, delay {delay:,}",
+        "adding": "The adding problem, length {length}",
+        "adding-long": "The adding problem, length {long}",
         "digits": "Digits, pixel by pixel",
     }
     task = name.removeprefix("unitary-").removesuffix("-custom")
-    fig.suptitle(f"{words[task]}: mean and range over {len(options['seeds'])} seeds")
+    title = words[task].format(**options)
+    fig.suptitle(f"{title}: mean and range over {len(options['seeds'])} seeds")
     save_figure(fig, name)
