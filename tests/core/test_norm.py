@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rbpjax._core.norm import norm
+from rbpjax._core.norm import norm, norms
 
 X = np.random.default_rng(0).standard_normal(50).astype(np.float32)
 
@@ -56,3 +56,50 @@ def test_derivatives():
     assert np.all(jax.grad(norm)(jnp.zeros(2)) == 0)
     rows = jax.vmap(jax.grad(norm))(jnp.stack([x, 0 * x]))
     np.testing.assert_allclose(rows, [[0.6, 0.8], [0, 0]])
+
+
+def row_of(rows):
+    return lambda i: (rows[i, :20], rows[i, 20:])
+
+
+SCALES = {
+    "usual": [1.0, 2.0, 0.5],
+    "small": [2.0**-70, 2.0**-69, 2.0**-72],
+    "large": [2.0**70, 2.0**71, 1.0],
+    "mixed": [2.0**-70, 1.0, 2.0**70],
+    "with a zero": [1.0, 0.0, 3.0],
+    "zeros": [0.0, 0.0, 0.0],
+    "not finite": [1.0, np.nan, 2.0**70],
+}
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_norms_of_rows_are_those_one_by_one(name):
+    """Whatever their magnitudes: the same bits as of each row, alone and mapped."""
+    rows = np.stack([np.roll(X, i) for i in range(3)])
+    rows = jnp.asarray(rows * np.array(SCALES[name], np.float32)[:, None])
+    each = np.array([norm(row_of(rows)(i)) for i in range(3)])
+    np.testing.assert_array_equal(norms(row_of(rows), 3), each)
+    both = jax.vmap(lambda rows: norms(row_of(rows), 3))(jnp.stack([rows, rows[::-1]]))
+    np.testing.assert_array_equal(both, [each, each[::-1]])
+
+
+@pytest.mark.parametrize("name", ["usual", "small", "with a zero"])
+def test_derivatives_of_the_norms_of_rows(name):
+    """D‖x‖ = x / ‖x‖, and zero at zero, in both modes, in and out of the window."""
+    rows = X[:12].reshape(3, 4) * np.array(SCALES[name], np.float32)[:, None]
+    f = lambda rows: norms(lambda i: rows[i], 3)
+    length = np.linalg.norm(rows.astype(float), axis=1)
+    unit = rows / np.where(length > 0, length, 1)[:, None]
+    want = np.stack([np.eye(3)[i][:, None] * unit[i] for i in range(3)])
+    for mode in (jax.jacrev, jax.jacfwd):
+        found = mode(f)(jnp.asarray(rows))
+        np.testing.assert_allclose(found, want, rtol=1e-6, atol=1e-7)
+
+
+def test_a_mapped_condition_stays_one():
+    """Of rows that are all in range none is divided by its largest entry, too."""
+    for f in (norm, lambda x: norms(lambda i: x[i], 4)):
+        mapped = jax.vmap(jax.vmap(f))
+        program = jax.jit(mapped).lower(jnp.ones((2, 3, 4))).as_text()
+        assert "stablehlo.case" in program  # of a mapped one a selection is made
