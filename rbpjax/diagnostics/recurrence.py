@@ -19,8 +19,8 @@ from rbpjax.fixed_point.forward.iteration import FixedPointIteration
 from rbpjax.fixed_point.iterate import ratio
 from rbpjax.types import PyTree, Status, StepFn
 
-CHEAP = 10
-"""Steps of f that a step of a method may cost, to be recommended."""
+FEW = 7
+"""Units with which a step of RTRL costs no more than ten of f."""
 
 
 class Method(NamedTuple):
@@ -66,9 +66,9 @@ class Recurrence(NamedTuple):
       holds: whether each method's assumption holds.
       memory: the numbers that each method stores.
       cost: the steps of f that a step of each method costs.
-      recommended: of the methods without noise whose assumption holds and whose step
-        costs no more than ten of f, the first of those with the least memory; for an
-        exact gradient it may be twice as much as for a truncated one.
+      recommended: of the methods without noise whose assumption holds, the first of
+        those with the least memory; for an exact gradient it may be twice as much as
+        for a truncated one.
     """
 
     steps: jax.Array
@@ -150,7 +150,7 @@ METHODS: tuple[Method, ...] = (
         "online.rtrl",
         "exact",
         "few units",
-        lambda d: d.units <= CHEAP - 3,
+        lambda d: d.units <= FEW,
         lambda d: d.units * d.parameters,
         lambda d: 3 + d.units,
     ),
@@ -314,7 +314,7 @@ def _measure(
         cost=column(lambda m: m.cost),
     )
     quiet = jnp.array(["noisy" not in method.mean for method in METHODS])
-    usable = found.holds & quiet & (found.cost <= CHEAP)
+    usable = found.holds & quiet
     exact = jnp.array([method.mean == "exact" for method in METHODS])
     memory = jnp.where(exact, found.memory, 2 * found.memory)
     memory = jnp.where(usable, memory, jnp.inf)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rbpjax.diagnostics import diagnose_recurrence
-from rbpjax.diagnostics.recurrence import CHEAP, METHODS
+from rbpjax.diagnostics.recurrence import METHODS
 from rbpjax.unitary import UnitaryCell, activation
 
 KEY = jax.random.key(3)
@@ -49,19 +49,34 @@ def test_fading_is_the_product_of_jacobians():
 
 
 def test_cotangents_go_back_by_the_transpose_of_the_last_steps():
-    """A state that only feeds the first unit, and steps that differ in time.
+    """J = e₀ bᵀ in the last step and e₁ aᵀ before: any c becomes c₀ b, then b₁ a c₀.
 
-    J = e₀ aᵀ: one step back any c is c₀ a, so that lag k has |a₀|^(k - 1) of lag 1. The
-    transpose would make e₀ of it, of norm |a · c|. And x scales the step: the last
-    steps come first.
+    So lag 2 is |b₁| ‖a‖ / ‖b‖ of lag 1, and each further one |a₁| of that before. Of a
+    J that is not transposed lag 2 would be |a₀|; of the first steps first, |a₁|.
     """
-    a = jnp.array([0.5, 3.0, 0.0])
-    f = lambda a, x, h: jnp.zeros(3).at[0].set(x * (a @ h))
-    scales = jnp.ones(T).at[-2].set(10.0)
-    found = diagnose_recurrence(KEY, f, a, scales, jnp.ones(3), probes=2)
-    lag = found.fading
-    np.testing.assert_allclose(lag[1] / lag[0], 10 * 0.5, rtol=1e-12)
-    np.testing.assert_allclose(lag[2] / lag[1], 0.5, rtol=1e-12)
+    a, b = np.array([5.0, 0.25, 2.0]), np.array([1.0, 4.0, 0.5])
+
+    def f(w, last, h):
+        first = jnp.zeros(3).at[0].set(w[1] @ h)
+        return jnp.where(last, first, jnp.zeros(3).at[1].set(w[0] @ h))
+
+    last = jnp.arange(T) == T - 1
+    w = jnp.asarray(np.stack([a, b]))
+    found = diagnose_recurrence(KEY, f, w, last, jnp.ones(3), probes=2)
+    ratios = found.fading[1:4] / found.fading[:3]
+    second = abs(b[1]) * np.linalg.norm(a) / np.linalg.norm(b)
+    np.testing.assert_allclose(ratios, [second, a[1], a[1]], rtol=1e-12)
+
+
+def test_a_truncation_has_to_save_something():
+    """Where gradients fade in the second half of the sequence only it does not hold."""
+    row = [method.mean for method in METHODS].index("truncated")
+    for factor, holds in ((0.9, True), (0.94, False)):
+        found = diagnose_recurrence(
+            KEY, linear, jnp.array([[factor]]), XS[:, :1], ZERO[:1]
+        )
+        assert found.horizon == math.ceil(math.log(0.01) / math.log(factor)) < T
+        assert found.holds[row] == holds
 
 
 def test_neither_end_of_the_range_is_left():
@@ -110,7 +125,8 @@ def test_few_units_take_rtrl():
     assert names(found) == "online.rtrl"
     found = diagnose_recurrence(KEY, tanh, 3 * W, XS, ZERO)
     row = [method.name for method in METHODS].index("online.rtrl")
-    assert found.cost[row] == N + 3 > CHEAP
+    assert not found.holds[row]
+    assert found.cost[row] == N + 3
     assert found.memory[row] == N * N**2
 
 
