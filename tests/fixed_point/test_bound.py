@@ -265,24 +265,27 @@ def test_verify_is_refused_where_it_cannot_be():
         rbpjax.rbp_solve(f, verify=2)
 
 
-def test_what_one_leaf_amplifies():
+@pytest.mark.parametrize("chained", [False, True])
+def test_what_one_leaf_amplifies(chained):
     """One stiff leaf of two: the other one's residual and cotangent do not hide it.
 
-    With J = diag(1 - δa, ½) at h* = (√θ, 2) the stiff leaf is 1 % off beside a residual
-    of 1e-14, as is its gradient 1/(2a); the other one's residual has another rate.
+    With ∂a'/∂a = 1 - δa at a* = √θ the stiff leaf is 1 % off beside a residual of
+    1e-14, as is the gradient 1/(2a); the other one's residual has another rate.
+    ``chained``: the loss sees the other leaf alone, and the cotangent reaches the stiff
+    one by it.
     """
     delta = 1e-12
 
     def f(theta, x, h):
         a, b = h
-        return a + delta * (theta - a * a) / 2, 0.5 * b + 1
+        return a + delta * (theta - a * a) / 2, 0.5 * b + (0.5 * a if chained else 1)
 
-    h = 1.01, 2.0 + 4e-12
+    h = 1.01, (1.01 if chained else 2.0) + 2e-12
     solve = rbpjax.rbp_fixed_point(f)(lambda theta, x, h: h)
 
     def loss(theta, probe):
         a, b = solve(theta, None, h, probe=probe).value
-        return a + b
+        return b if chained else a + b
 
     grad, report = jax.jit(rbpjax.value_and_grad_with_report(loss))(1.0)[1:]
     assert report.forward_status == 0
