@@ -57,6 +57,19 @@ class Activation:
         """Applies the nonlinearity."""
         return self.apply(field)
 
+    def undo(self, field: jax.Array) -> jax.Array:
+        """Applies its inverse.
+
+        Raises:
+          ValueError: if it has none.
+        """
+        if self.inverse is None:
+            raise ValueError(
+                f"{self!r} has no inverse, so the states cannot be recomputed "
+                "backwards; use `recomputed_scan` with Replay(slots=…)."
+            )
+        return self.inverse(field)
+
 
 def _squared_modulus(z: jax.Array) -> jax.Array:
     return z.real**2 + z.imag**2

@@ -228,13 +228,8 @@ class UnitaryCell:
         Raises:
           ValueError: if φ has no inverse.
         """
-        if self.activation.inverse is None:
-            raise ValueError(
-                f"{self.activation!r} has no inverse, so the states cannot be "
-                "recomputed backwards; use `recomputed_scan` with Replay(slots=…)."
-            )
         self._check(params, h)
-        before = self.activation.inverse(h) - self._drive(params, inputs)
+        before = self.activation.undo(h) - self._drive(params, inputs)
         return params.kernel.adjoint()(before)
 
     def readout(self, params: CellParams, h: jax.Array) -> jax.Array:
