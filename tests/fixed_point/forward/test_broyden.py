@@ -238,3 +238,24 @@ def test_a_rule_without_a_start_is_refused():
     solve = rbpjax.rbp_solve(tanh_step, forward=Broyden(share=True), backward=own)
     with pytest.raises(ValueError, match=r"takes no start.*Broyden\(share=True\)"):
         jax.grad(lambda w: readout(solve(w, XS[0], jnp.zeros(3)).value))(W)
+
+
+def test_it_goes_on_until_the_tolerance_and_no_further():
+    """The first iterate whose residual is within tol, of those of dense updates.
+
+    What ends the solve also asks how far the fixed point may be, so a step or two may
+    follow the first residual that is small enough; it never ends before.
+    """
+    jac, x = affine(scale=0.9)
+    step = lambda h: np.tanh(jac @ h + x)
+    with np.errstate(invalid="ignore"):  # once it has come to rest
+        made = dense_iterates(step, np.zeros(N), 20, memory=20)
+    size = lambda h: max(np.linalg.norm(h), np.linalg.norm(step(h)))
+    residuals = np.array([np.linalg.norm(step(h) - h) / size(h) for h in made])
+    for tol in (1e-2, 1e-4, 1e-8, 1e-11):
+        found = Broyden(tol=tol, memory=20)(
+            lambda h: jnp.tanh(jac @ h + x), jnp.zeros(N)
+        )
+        first = int(np.argmax(residuals <= tol))
+        assert found.converged and found.residual <= tol
+        assert first <= found.num_steps <= first + 2
