@@ -157,7 +157,9 @@ def orthogonalized(u: jax.Array) -> jax.Array:
     """
     q, r = jnp.linalg.qr(u)
     signs = jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1, 1)
-    return q * signs.astype(q.dtype)[..., None, :]
+    # A factorization may have a finite Q, 1 of one entry, for what is not finite.
+    poison = 0 * jnp.sum(u, (-2, -1), keepdims=True)
+    return q * signs.astype(q.dtype)[..., None, :] + poison
 
 
 def one_like(s: jax.Array) -> jax.Array:
