@@ -5,6 +5,7 @@ import sys
 import tyro
 
 from benchmarks.citation.experiment import Citation
+from benchmarks.claims import Claims
 from benchmarks.comparison.before_after import BeforeAfter
 from benchmarks.comparison.collection.experiment import Collection
 from benchmarks.comparison.families import Families
@@ -49,6 +50,7 @@ EXPERIMENTS: tuple[type[Experiment], ...] = (
     Warm,
     BeforeAfter,
     RoomsBeforeAfter,
+    Claims,
     Readme,
 )
 COMMANDS = {experiment.name: experiment for experiment in EXPERIMENTS}

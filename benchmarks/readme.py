@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import rbpjax
+from benchmarks import claims
 from benchmarks.citation import experiment as citation
 from benchmarks.citation import figures as citation_figures
 from benchmarks.comparison import families, modes, warm
@@ -413,7 +414,6 @@ def draw_all() -> None:
         draw(read_json(f"unitary-{part}"), f"unitary-{part}")
 
 
-# A block between <!-- name:begin --> and <!-- name:end --> on a page, and its maker.
 def scaling_tables() -> str:
     """What was measured here, and what is predicted for accelerators."""
     result, machine = read_json("scaling"), read_json("scaling")["options"]
@@ -430,9 +430,11 @@ def scaling_tables() -> str:
     )
 
 
+# A block between <!-- name:begin --> and <!-- name:end --> on a page, and its maker.
 BLOCKS: dict[str, Callable[[], str]] = {
     "citation": citation_table,
     "citation-paper": citation_paper_table,
+    "claims": lambda: claims.tables(read_json("claims")),
     "collection": collection_table,
     "families": families_table,
     "fuzz": fuzz_line,
