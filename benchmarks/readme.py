@@ -383,13 +383,15 @@ def warm_table() -> str:
 
 
 def _where(result: dict[str, Any]) -> str:
-    """Where a result was measured, and whether an earlier version was."""
+    """Where a result was measured, of which code, and whether an earlier version."""
     where = result["environment"]
     version = where["packages"]["rbpjax"]
     earlier = version != rbpjax.__version__
+    commit = where.get("commit")
+    code = f", commit {commit[:7]}{'+' * ('+' in commit)}" if commit else ""
     return (
         f"JAX {where['packages']['jax']}, {where['device']}, {where['cores']} cores, "
-        f"{where['date']}."
+        f"{where['date']}{code}."
         + f" Measured with version {version}, not with this one."
         * earlier
     )
