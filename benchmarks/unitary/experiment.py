@@ -188,7 +188,9 @@ MAKERS: dict[str, tuple[Callable, Callable, Callable]] = {
         report.draw_task,
     ),
     "copying-long": (
-        lambda o: train("copying-long", lambda s: sequences.copying(o.long_delay, s), o),
+        lambda o: train(
+            "copying-long", lambda s: sequences.copying(o.long_delay, s), o
+        ),
         report.task_rows,
         report.draw_task,
     ),

@@ -24,6 +24,7 @@ from rbpjax.perturb.difference import Central, quotient
 from rbpjax.perturb.noise import Noise, rademacher
 from rbpjax.perturb.samples import (
     draw,
+    over_samples,
     scaled,
     size_of,
     unflatten,
@@ -131,7 +132,8 @@ class Evolution(NamedTuple):
     All of them run under ``jit``, ``vmap`` and ``lax.scan``. Noise is data, so that a
     run can be repeated, and all sign patterns be enumerated with ``vmap``. Sequences
     that stand at different places are a ``vmap`` over carries, inputs and noise. Memory
-    and cost are those of the method that made it.
+    and cost are those of the method that made it. As many samples run at once as
+    ``WeightPerturbation`` runs by default: no more perturbed parameters are held.
 
     Attributes:
       init: ``init(params, h0) -> EvolutionCarry``, all runs at ``h0``.
@@ -308,7 +310,7 @@ def _runs(
         moved = jax.tree.map(jnp.add, params, scaled(amount, v, params))
         return _window(f, loss, moved, h, inputs, targets)
 
-    return jax.vmap(one)(directions, states)
+    return over_samples(one, (directions, states), size_of(params))
 
 
 def _estimate(

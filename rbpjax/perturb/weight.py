@@ -56,7 +56,9 @@ class WeightPerturbation:
 
     Attributes:
       num_samples: K, directions to average over.
-      chunk: how many of them run at once; divides ``num_samples``; None: all.
+      chunk: how many of them run at once; divides ``num_samples``. None: the largest
+        divisor up to four, or with which the copies of the parameters have at most
+        2¹⁷ entries in all (2²⁶ where JAX does not run on a CPU: not measured there).
       axis_name: an axis of the ``shard_map`` around, over which samples are divided:
         each device takes its share, of which ``chunk`` is a part, and the mean is that
         of one device with all of them. None: all samples here.
@@ -296,7 +298,7 @@ def weight_gradient(
         weights = rule.scale * jax.vmap(slope)(directions)
         return weighted_sum(weights, directions, params)
 
-    return mean_over_samples(chunk, rule)
+    return mean_over_samples(chunk, rule, size)
 
 
 def check_params(params: PyTree) -> PyTree:
