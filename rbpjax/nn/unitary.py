@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -128,9 +128,10 @@ class UnitaryRNN(nnx.Module):
           ValueError: if ``inputs`` are no sequence of what the cell takes, or ``h0`` is
             no state of it.
         """
-        cell: Any = self.cell  # one of three, each with parameters of its own
-        params = cell.prepare(self.weights())
-        start = cell.start()
+        # One of three cells, each with parameters and states of its own.
+        cell: Callable[..., PyTree] = self.cell
+        params: PyTree = self.cell.prepare(self.weights())  # pyrefly: ignore
+        start: PyTree = self.cell.start()
         want = jnp.shape(start) if self.inputs is None else (self.inputs,)
         if jnp.shape(inputs)[1:] != want or jnp.shape(inputs)[:1] in ((), (0,)):
             raise ValueError(
@@ -148,7 +149,7 @@ class UnitaryRNN(nnx.Module):
             )
         emit = None
         if self.outputs is not None:
-            emit = lambda params, _, h: cell.readout(params, h)
+            emit = lambda params, _, h: self.cell.readout(params, h)
         if self.history is not None:
             return recomputed_scan(
                 cell, params, inputs, h0, history=self.history, emit=emit
