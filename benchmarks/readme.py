@@ -319,6 +319,7 @@ def unitary_tables() -> str:
     """A table for each part of ``unitary``."""
     titles = {
         "copying": "Copying memory",
+        "copying-long": "Copying memory, twice the delay",
         "adding": "The adding problem",
         "adding-long": "The adding problem, four times as long",
         "digits": "Digits, pixel by pixel",
@@ -333,6 +334,8 @@ def unitary_tables() -> str:
         options, facts = result["options"], ""
         if part == "copying":
             facts = f"Delay {options['delay']:,}. "
+        if part == "copying-long":
+            facts = f"Delay {options['long_delay']:,}; time in core-seconds. "
         if part == "adding-long":
             facts = f"Length {options['long']}. "
         if "memoryless" in result:

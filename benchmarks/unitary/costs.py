@@ -22,10 +22,14 @@ from rbpjax.unitary.history import HistoryReport, Inverse, Replay
 def cost(largest: int) -> dict[str, Any]:
     """Time of the kernel, of its gradient, and of one iteration, by lattice size."""
     sides = [2**i for i in range(4, int(math.log2(largest)) + 1)]
-    cases = {"real, 1 channel": (None, False), "complex, 1 channel": (None, True)}
-    cases["real, 4 channels"] = (4, False)
+    cases = {
+        "real, 1 channel": (None, False, "taylor"),
+        "complex, 1 channel": (None, True, "taylor"),
+        "real, 4 channels": (4, False, "taylor"),
+        "real, 4 channels, Cayley": (4, False, "cayley"),
+    }
     result: dict[str, Any] = {}
-    for title, (channels, is_complex) in cases.items():
+    for title, (channels, is_complex, method) in cases.items():
         result[title] = {}
         for side in sides if channels is None else sides[:-2]:
             cell = UnitaryCell(
@@ -33,12 +37,15 @@ def cost(largest: int) -> dict[str, Any]:
                 channels=channels,
                 complex_valued=is_complex,
                 activation=identity,
+                method=method,
             )
             weights = jax.jit(partial(cell.init, radius=1))(jax.random.key(0))
             kernel = weights.kernel
             if is_complex:
                 kernel = jax.lax.complex(kernel[..., 0], kernel[..., 1])
-            prepare = jax.jit(lambda w, n=side: conv_exp(w, (n, n)))
+            prepare = jax.jit(
+                lambda w, n=side, method=method: conv_exp(w, (n, n), method=method)
+            )
             params = jax.block_until_ready(jax.jit(cell.prepare)(weights))
             h = jax.random.normal(jax.random.key(1), cell.field_shape)
             h = h.astype(cell.start().dtype)

@@ -4,7 +4,8 @@ Parts: `cost` (is the parametrisation as cheap as one iteration?), `norms` (stat
 gradient over 10,000 steps, against plain and orthogonally initialised convolutional
 RNNs), `memory` (stored, checkpointed and recomputed histories against T), and the
 tasks `copying`, `adding` and `digits` against an LSTM and a dense expRNN; and
-`adding-long`, the adding problem at four times the length.
+`copying-long` and `adding-long`, copying at twice the delay and the adding problem at
+four times the length.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from benchmarks.unitary.learning import Training, learn
 from benchmarks.unitary.report import TITLES
 from rbpjax.unitary.activation import Activation, identity, modulus, saturate
 
-PARTS = ("cost", "norms", "memory", "copying", "adding", "adding-long", "digits")
+TASKS = ("copying", "copying-long", "adding", "adding-long", "digits")
+PARTS = ("cost", "norms", "memory", *TASKS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Unitary:
     """Steps of `norms`, and the longest history of `memory`."""
     delay: Annotated[int, Within(2)] = 1000
     """Delay of the copying task."""
+    long_delay: Annotated[int, Within(2)] = 2000
+    """Its delay in `copying-long`."""
     length: Annotated[int, Within(4)] = 100
     """Length of the adding problem."""
     long: Annotated[int, Within(4)] = 400
@@ -94,6 +98,8 @@ PLANS: dict[tuple[str, str], tuple[float, float, Training]] = {
     ("copying", "modulus"): (1.0, 0.1, Training(600, 16, 1e-2, 1e-4)),
     ("copying", "exprnn"): (1.0, 1.8, Training(300, 16, 3e-3, 1e-4)),
     ("copying", "lstm"): (1.0, 1.8, Training(300, 16, 3e-3, 3e-3)),
+    ("copying-long", "linear"): (1.0, 1.8, Training(600, 16, 3e-2, 1e-5)),
+    ("copying-long", "lstm"): (1.0, 1.8, Training(600, 16, 3e-3, 3e-3)),
     ("adding", "linear"): (1.0, 1.8, Training(2000, 32, 1e-2, 1e-3)),
     ("adding", "saturating"): (1.0, 0.1, Training(5000, 32, 3e-3, 3e-4)),
     ("adding", "modulus"): (1.0, 1.8, Training(8000, 32, 1e-2, 1e-3)),
@@ -115,15 +121,12 @@ def _unitary(activation: Activation, task: Any, gain: float, scale: float) -> An
     return networks.unitary(task, 128, activation, gain, scale)
 
 
-TASKS = ("copying", "adding", "adding-long", "digits")
-
-
 def opened(name: str, options: Unitary, fresh: bool = False) -> Checkpoints:
     """The checkpoints of a task.
 
     Kept by task and plan, so that other networks or seeds may join them.
     """
-    names = ("delay", "length", "long", "dataset", "shorten")
+    names = ("delay", "long_delay", "length", "long", "dataset", "shorten")
     kept = {k: getattr(options, k) for k in names}
     kept["plans"] = {n: p for (task, n), p in PLANS.items() if task == name}
     return Checkpoints(f"unitary-{name}", kept, fresh)
@@ -181,6 +184,13 @@ MAKERS: dict[str, tuple[Callable, Callable, Callable]] = {
     ),
     "copying": (
         lambda o: train("copying", lambda s: sequences.copying(o.delay, s), o),
+        report.task_rows,
+        report.draw_task,
+    ),
+    "copying-long": (
+        lambda o: train(
+            "copying-long", lambda s: sequences.copying(o.long_delay, s), o
+        ),
         report.task_rows,
         report.draw_task,
     ),

@@ -86,9 +86,9 @@ def learn(
 
     def advance(state: Any, i: int) -> Any:
         carry, log = state
-        start = time.perf_counter()
+        start = time.process_time()
         carry, losses = jax.block_until_ready(block(carry, i * per_block))
-        seconds = log["seconds"][i] + time.perf_counter() - start
+        seconds = log["seconds"][i] + time.process_time() - start
         value, accuracy = measure(carry[0])
         new = {"train_loss": jnp.mean(losses), "seconds": seconds}
         return carry, put(log, i + 1, loss=value, accuracy=accuracy, **new)

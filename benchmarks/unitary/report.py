@@ -163,6 +163,7 @@ def draw_task(result: dict[str, Any], name: str) -> None:
     # Each part has options of its own.
     words = {
         "copying": "Copying memory, delay {delay:,}",
+        "copying-long": "Copying memory, delay {long_delay:,}",
         "adding": "The adding problem, length {length}",
         "adding-long": "The adding problem, length {long}",
         "digits": "Digits, pixel by pixel",

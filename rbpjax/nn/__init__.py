@@ -2,7 +2,8 @@
 
 * ``FixedPoint``: any cell as an implicit layer;
 * ``GraphCell``, on a ``Graph`` such as ``normalized_adjacency`` makes: a contraction;
-* ``UnitaryRNN``: the unitary cell over a sequence;
+* ``UnitaryRNN``: a norm-preserving cell over a sequence: convolutional, dense, or
+  beside fading units;
 * ``value_and_grad_with_report``: as that of rbpjax, with nnx filters and mutable state.
 
 Example:

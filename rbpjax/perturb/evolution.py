@@ -23,9 +23,14 @@ from rbpjax._core.tree import real_dtype
 from rbpjax.perturb.difference import Central, quotient
 from rbpjax.perturb.noise import Noise, rademacher
 from rbpjax.perturb.samples import (
+    axis,
     draw,
+    numbers,
+    over_samples,
     scaled,
     size_of,
+    spread,
+    summed,
     unflatten,
     weighted_sum,
     widest,
@@ -131,7 +136,14 @@ class Evolution(NamedTuple):
     All of them run under ``jit``, ``vmap`` and ``lax.scan``. Noise is data, so that a
     run can be repeated, and all sign patterns be enumerated with ``vmap``. Sequences
     that stand at different places are a ``vmap`` over carries, inputs and noise. Memory
-    and cost are those of the method that made it.
+    and cost are those of the method that made it. As many samples run at once as
+    ``WeightPerturbation`` runs by default: no more perturbed parameters are held.
+
+    With ``axis_name`` all three functions are called inside the ``shard_map``, where
+    each device draws, runs and carries its share of the samples. Gradients and losses
+    come out the same on all devices. A carry that goes through the ``shard_map`` has
+    the specification ``P(axis_name)`` for ``ahead``, ``behind`` and ``credit`` and
+    ``P()`` for the rest; of ``truncated_es``, ``P()`` for ``ahead`` too.
 
     Attributes:
       init: ``init(params, h0) -> EvolutionCarry``, all runs at ``h0``.
@@ -184,6 +196,7 @@ class Pairs:
     """The options of all evolution strategies: antithetic pairs of perturbed runs."""
 
     num_samples: int = count(default=1)
+    axis_name: str | None = axis()
     sigma: float | None = real(default=None, above=0.0)
     noise: Noise = function(
         default=rademacher, meaning="a callable such as perturb.noise.rademacher"
@@ -195,8 +208,9 @@ def persistent(f: StepFn, loss: LossFn, pairs: Pairs, choose: Choice) -> Evoluti
 
     def init(params: PyTree, h0: PyTree) -> EvolutionCarry:
         params, h0 = check_params(params), as_state(h0, mixed=True)
-        states = _copies(h0, pairs.num_samples)
-        return _start(pairs, params, states, states)
+        carry = _start(pairs, params, h0)
+        states = _copies(pairs, carry.ahead)
+        return carry._replace(ahead=states, behind=states)
 
     def step(
         params: PyTree,
@@ -207,15 +221,16 @@ def persistent(f: StepFn, loss: LossFn, pairs: Pairs, choose: Choice) -> Evoluti
     ) -> tuple[EvolutionCarry, EvolutionOutput]:
         h = jax.tree.map(lambda a: a[0], getattr(carry, "ahead", ()))
         params, noise = _checked(
-            f, loss, init, params, carry, h, inputs, targets, noise
+            pairs, f, loss, init, params, carry, h, inputs, targets, noise
         )
         direction, credit = choose(carry.credit, carry.started, noise)
+        here = spread(pairs, (params, inputs, targets))
         run = lambda sign, states: _runs(
-            f, loss, params, sign * carry.sigma, direction, states, inputs, targets
+            f, loss, here, sign * carry.sigma, direction, states
         )
         ahead, above = run(1, carry.ahead)
         behind, below = run(-1, carry.behind)
-        out = _estimate(above, below, carry.sigma, credit, params)
+        out = _estimate(pairs, above, below, carry.sigma, credit, params)
         return EvolutionCarry(ahead, behind, credit, carry.sigma, _now(carry)), out
 
     return Evolution(init, _noise(pairs), step)
@@ -226,7 +241,7 @@ def restarted(f: StepFn, loss: LossFn, pairs: Pairs) -> Evolution:
 
     def init(params: PyTree, h0: PyTree) -> EvolutionCarry:
         params, h0 = check_params(params), as_state(h0, mixed=True)
-        return _start(pairs, params, h0, ())
+        return _start(pairs, params, h0)
 
     def step(
         params: PyTree,
@@ -237,13 +252,11 @@ def restarted(f: StepFn, loss: LossFn, pairs: Pairs) -> Evolution:
     ) -> tuple[EvolutionCarry, EvolutionOutput]:
         h = getattr(carry, "ahead", ())
         params, noise = _checked(
-            f, loss, init, params, carry, h, inputs, targets, noise
+            pairs, f, loss, init, params, carry, h, inputs, targets, noise
         )
-        states = _copies(h, pairs.num_samples)
-        run = lambda sign: _runs(
-            f, loss, params, sign * carry.sigma, noise, states, inputs, targets
-        )
-        out = _estimate(run(1)[1], run(-1)[1], carry.sigma, noise, params)
+        states, here = _copies(pairs, h), spread(pairs, (params, inputs, targets))
+        run = lambda sign: _runs(f, loss, here, sign * carry.sigma, noise, states)[1]
+        out = _estimate(pairs, run(1), run(-1), carry.sigma, noise, params)
         h, _ = _window(f, loss, params, h, inputs, targets)
         return EvolutionCarry(h, (), noise, carry.sigma, _now(carry)), out
 
@@ -253,25 +266,26 @@ def restarted(f: StepFn, loss: LossFn, pairs: Pairs) -> Evolution:
 def _noise(pairs: Pairs) -> EvolutionNoise:
     def noise(key: jax.Array, carry: EvolutionCarry) -> jax.Array:
         check_key(key)
-        size = size_of(carry.credit) // pairs.num_samples
-        each = jnp.arange(pairs.num_samples, dtype=jnp.uint32)
+        each = numbers(pairs)
+        size = size_of(carry.credit) // len(each)
         return draw(pairs.noise, key, each, size, widest(carry.credit))
 
     return noise
 
 
-def _start(
-    pairs: Pairs, params: PyTree, ahead: PyTree, behind: PyTree
-) -> EvolutionCarry:
+def _start(pairs: Pairs, params: PyTree, h0: PyTree) -> EvolutionCarry:
     wide = jax.tree.map(lambda p: jnp.zeros_like(p, real_dtype(p)), params)
-    credit = _copies(wide, pairs.num_samples)
     sigma = Central(sigma=pairs.sigma).width(params)
-    carry = EvolutionCarry(ahead, behind, credit, sigma, jnp.array(False))
-    return vary_like(carry, (params, ahead))
+    carry = EvolutionCarry(h0, (), wide, sigma, jnp.array(False))
+    carry = vary_like(carry, (params, h0))
+    return carry._replace(credit=_copies(pairs, carry.credit))
 
 
-def _copies(tree: PyTree, number: int) -> PyTree:
-    return jax.tree.map(lambda a: jnp.broadcast_to(a, (number, *a.shape)), tree)
+def _copies(pairs: Pairs, tree: PyTree) -> PyTree:
+    """One for each sample of this device."""
+    number = len(numbers(pairs))
+    times = lambda a: jnp.broadcast_to(a, (number, *a.shape))
+    return spread(pairs, jax.tree.map(times, tree))
 
 
 def _now(carry: EvolutionCarry) -> jax.Array:
@@ -295,31 +309,37 @@ def _window(
 def _runs(
     f: StepFn,
     loss: LossFn,
-    params: PyTree,
+    here: tuple[PyTree, PyTree, PyTree],
     amount: jax.Array,
     directions: PyTree,
     states: PyTree,
-    inputs: PyTree,
-    targets: PyTree,
 ) -> tuple[PyTree, jax.Array]:
     """The windows of all samples, with ``amount`` of their directions."""
+    params, inputs, targets = here
 
     def one(v: PyTree, h: PyTree) -> tuple[PyTree, jax.Array]:
         moved = jax.tree.map(jnp.add, params, scaled(amount, v, params))
         return _window(f, loss, moved, h, inputs, targets)
 
-    return jax.vmap(one)(directions, states)
+    return over_samples(one, (directions, states), size_of(params))
 
 
 def _estimate(
-    above: jax.Array, below: jax.Array, sigma: jax.Array, credit: PyTree, params: PyTree
+    pairs: Pairs,
+    above: jax.Array,
+    below: jax.Array,
+    sigma: jax.Array,
+    credit: PyTree,
+    params: PyTree,
 ) -> EvolutionOutput:
-    slopes = quotient(above, below, 2 * sigma) / len(above)
-    grads = weighted_sum(slopes, credit, params)
-    return EvolutionOutput(jnp.mean(above / 2 + below / 2), grads)
+    slopes = quotient(above, below, 2 * sigma) / pairs.num_samples
+    grads = summed(pairs, weighted_sum(slopes, credit, params))
+    value = jnp.sum(above / 2 + below / 2) / pairs.num_samples
+    return EvolutionOutput(summed(pairs, value), grads)
 
 
 def _checked(
+    pairs: Pairs,
     f: StepFn,
     loss: LossFn,
     init: EvolutionInit,
@@ -344,11 +364,12 @@ def _checked(
     )
     check_like(carry, like, "`carry`", "what `init(params, h)` returns", remedy)
     check_length(inputs, targets)
-    x, y = jax.tree.map(lambda a: jnp.asarray(a)[0], (inputs, targets))
+    first = jax.tree.map(lambda a: jnp.asarray(a)[0], (inputs, targets))
+    here, h, (x, y) = spread(pairs, (params, h, first))
     remedy = "A step that returns (h, output) must select h."
-    made = jax.eval_shape(f, params, x, h)
+    made = jax.eval_shape(f, here, x, h)
     check_like(made, h, "`f`'s output", "its state `h`", remedy)
-    value = jax.eval_shape(loss, params, h, y)
+    value = jax.eval_shape(loss, here, h, y)
     scalar = getattr(value, "shape", None) == ()
     if not scalar or not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(

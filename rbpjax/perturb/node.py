@@ -44,7 +44,9 @@ class NodePerturbation:
 
     Attributes:
       num_samples: K, directions to average over.
-      chunk: how many of them run at once; divides ``num_samples``; None: all.
+      chunk: how many of them run at once; divides ``num_samples``. None: the largest
+        divisor up to four, or with which the nodes, over all steps, have at most
+        2¹⁷ entries in all (2²⁶ where JAX does not run on a CPU: not measured there).
       axis_name: an axis of the ``shard_map`` around, over which samples are divided:
         each device takes its share, of which ``chunk`` is a part, and the mean is that
         of one device with all of them. None: all samples here.

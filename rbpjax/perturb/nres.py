@@ -15,6 +15,7 @@ def nres(
     loss: LossFn,
     *,
     num_samples: int = 1,
+    axis_name: str | None = None,
     sigma: float | None = None,
     noise: Noise = rademacher,
 ) -> Evolution:
@@ -44,6 +45,9 @@ def nres(
       f: step function ``f(params, inputs, h) -> h``; any pytrees.
       loss: ``loss(params, h, target) -> scalar``, at the state after each step.
       num_samples: K, antithetic pairs to average over.
+      axis_name: an axis of the ``shard_map`` around, over which pairs are divided, each
+        device taking its share: the estimate is that of one device with all of them
+        (see ``Evolution``). None: all samples here.
       sigma: σ; None: that of ``difference.Central``, from the size of ``params`` when
         ``init`` is called. Larger ones smooth a rough loss.
       noise: how directions are drawn: one of ``perturb.noise``, or a callable.
@@ -71,7 +75,9 @@ def nres(
       via Noise-Reuse in Online Evolution Strategies", NeurIPS 2023,
       https://arxiv.org/abs/2304.12180: GPES with one noise an episode, K = T.
     """
-    pairs = Pairs(num_samples=num_samples, sigma=sigma, noise=noise)
+    pairs = Pairs(
+        num_samples=num_samples, axis_name=axis_name, sigma=sigma, noise=noise
+    )
 
     def choose(
         credit: PyTree, started: jax.Array, fresh: PyTree

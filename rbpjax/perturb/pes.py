@@ -15,6 +15,7 @@ def pes(
     loss: LossFn,
     *,
     num_samples: int = 1,
+    axis_name: str | None = None,
     sigma: float | None = None,
     noise: Noise = rademacher,
 ) -> Evolution:
@@ -46,6 +47,9 @@ def pes(
       f: step function ``f(params, inputs, h) -> h``; any pytrees.
       loss: ``loss(params, h, target) -> scalar``, at the state after each step.
       num_samples: K, antithetic pairs to average over.
+      axis_name: an axis of the ``shard_map`` around, over which pairs are divided, each
+        device taking its share: the estimate is that of one device with all of them
+        (see ``Evolution``). None: all samples here.
       sigma: σ; None: that of ``difference.Central``, from the size of ``params`` when
         ``init`` is called. Larger ones smooth a rough loss.
       noise: how directions are drawn: one of ``perturb.noise``, or a callable. Within
@@ -76,7 +80,9 @@ def pes(
       Graphs with Persistent Evolution Strategies", ICML 2021,
       https://arxiv.org/abs/2112.13835, Algorithm 2.
     """
-    pairs = Pairs(num_samples=num_samples, sigma=sigma, noise=noise)
+    pairs = Pairs(
+        num_samples=num_samples, axis_name=axis_name, sigma=sigma, noise=noise
+    )
 
     def choose(
         credit: PyTree, started: jax.Array, fresh: PyTree

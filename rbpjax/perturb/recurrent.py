@@ -190,7 +190,7 @@ def _node_estimate(
         errors = rule.errors(derivative, directions, nodes, examples is not None)
         return jax.tree.map(lambda e: jnp.sum(e, axis=1), errors)
 
-    errors = mean_over_samples(chunk, rule)
+    errors = mean_over_samples(chunk, rule, size)
     errors = jax.tree.map(lambda e: e / (examples or 1), errors)
     shift = lambda a, s: jnp.concatenate([a[None], s[:-1]])
     before = jax.tree.map(shift, run.h0, states)
@@ -247,7 +247,7 @@ def _fresh_weights(
         start = optax.tree.zeros_like(params)
         return jax.lax.scan(body, start, (steps, jax.vmap(credits)(indices).T))[0]
 
-    return jnp.sum(clean), mean_over_samples(chunk, rule)
+    return jnp.sum(clean), mean_over_samples(chunk, rule, size)
 
 
 def _first(tree: PyTree) -> PyTree:

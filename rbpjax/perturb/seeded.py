@@ -12,7 +12,7 @@ from rbpjax._core.sharding import vary_like
 from rbpjax._core.strategy import count, function, real, strategy
 from rbpjax.perturb.difference import Difference, OneSided, sized, slopes
 from rbpjax.perturb.noise import Noise, rademacher
-from rbpjax.perturb.samples import draw, scaled
+from rbpjax.perturb.samples import axis, draw, numbers, of_all, scaled
 from rbpjax.types import PyTree
 
 
@@ -44,6 +44,10 @@ class SeededPerturbation:
 
     Attributes:
       num_samples: K, directions to average over.
+      axis_name: an axis of the ``shard_map`` around, over which the passes of samples
+        are divided, each device taking its share: the estimate is that of one device
+        with all of them. The K slopes are exchanged, and no gradient: every device sums
+        up all directions itself. None: all samples here.
       difference: one of ``perturb.difference``, or a callable like them.
       noise: how the entries of a leaf are drawn: one of ``perturb.noise``, or a
         callable. Frames (``orthonormal``) are frames of a leaf, not of all parameters.
@@ -70,6 +74,7 @@ class SeededPerturbation:
     """
 
     num_samples: int = count(default=1)
+    axis_name: str | None = axis()
     difference: Difference = function(
         default=OneSided(), meaning="a callable such as perturb.difference.Exact()"
     )
@@ -114,7 +119,7 @@ def seeded_slopes(
 
         return jnp.sum(slopes(difference, lambda s: losses(move(s)), clean))
 
-    found = jax.lax.map(slope, _numbers(rule))
+    found = of_all(rule, jax.lax.map(slope, numbers(rule)))
     return found * (rule.scale / rule.num_samples)
 
 
@@ -132,18 +137,6 @@ def seeded_sum(
         return jax.lax.fori_loop(jnp.uint32(0), jnp.uint32(len(weights)), add, start)
 
     return _by_place(leaf, start)
-
-
-def seeded_gradient(
-    rule: SeededPerturbation,
-    key: jax.Array,
-    params: PyTree,
-    losses: Callable[[PyTree], jax.Array],
-    clean: jax.Array,
-) -> PyTree:
-    """The estimate for the sum of ``losses(params)``, which is ``clean`` there."""
-    weights = seeded_slopes(rule, key, params, losses, clean)
-    return seeded_sum(rule, key, weights, jax.tree.map(jnp.zeros_like, params))
 
 
 def direction(
@@ -164,10 +157,6 @@ def direction(
     both = both.reshape(rows + columns, rule.rank)
     product = both[:rows] @ both[rows:].T
     return (product / jnp.asarray(rule.rank**0.5, like.dtype)).reshape(like.shape)
-
-
-def _numbers(rule: SeededPerturbation) -> jax.Array:
-    return jnp.arange(rule.num_samples, dtype=jnp.uint32)
 
 
 def _by_place(leaf: Callable[[int, jax.Array], jax.Array], tree: PyTree) -> PyTree:

@@ -29,7 +29,6 @@ from rbpjax.perturb.samples import (
 from rbpjax.perturb.seeded import (
     SeededDescent,
     SeededPerturbation,
-    seeded_gradient,
     seeded_slopes,
     seeded_sum,
 )
@@ -56,7 +55,9 @@ class WeightPerturbation:
 
     Attributes:
       num_samples: K, directions to average over.
-      chunk: how many of them run at once; divides ``num_samples``; None: all.
+      chunk: how many of them run at once; divides ``num_samples``. None: the largest
+        divisor up to four, or with which the copies of the parameters have at most
+        2¹⁷ entries in all (2²⁶ where JAX does not run on a CPU: not measured there).
       axis_name: an axis of the ``shard_map`` around, over which samples are divided:
         each device takes its share, of which ``chunk`` is a part, and the mean is that
         of one device with all of them. None: all samples here.
@@ -175,17 +176,17 @@ def value_and_grad(
     ) -> tuple[PyTree, PyTree]:
         check_key(key)
         params = check_params(params)
-        if isinstance(rule, WeightPerturbation):
-            params, args, kwargs = spread(rule, (params, args, kwargs))
+        here, args, kwargs = spread(rule, (params, args, kwargs))
         full = lambda p: loss(p, *args, **kwargs)
         scalar = (lambda p: full(p)[0]) if has_aux else full
-        _check_scalar(scalar, params)
-        result = full(params)
+        _check_scalar(scalar, here)
+        result = full(here)
         clean = result[0] if has_aux else result
         if isinstance(rule, SeededPerturbation):
-            return result, seeded_gradient(rule, key, params, scalar, clean)
-        found = result, weight_gradient(rule, key, params, scalar, clean)
-        return joined(rule, found)
+            weights = seeded_slopes(rule, key, here, scalar, clean)
+            zeros = jax.tree.map(jnp.zeros_like, params)
+            return joined(rule, result), seeded_sum(rule, key, weights, zeros)
+        return joined(rule, (result, weight_gradient(rule, key, here, scalar, clean)))
 
     return estimate
 
@@ -253,12 +254,13 @@ def seeded_descent(
     ) -> tuple[jax.Array, PyTree]:
         check_key(key)
         params = check_params(params)
+        here, args, kwargs = spread(rule, (params, args, kwargs))
         full = lambda p: loss(p, *args, **kwargs)
-        _check_scalar(full, params)
-        clean = full(params)
-        weights = seeded_slopes(rule, key, params, full, clean)
+        _check_scalar(full, here)
+        clean = full(here)
+        weights = seeded_slopes(rule, key, here, full, clean)
         weights = -jnp.asarray(rate, weights.dtype) * weights
-        return clean, seeded_sum(rule, key, weights, params)
+        return joined(rule, clean), seeded_sum(rule, key, weights, params)
 
     return descend
 
@@ -296,7 +298,7 @@ def weight_gradient(
         weights = rule.scale * jax.vmap(slope)(directions)
         return weighted_sum(weights, directions, params)
 
-    return mean_over_samples(chunk, rule)
+    return mean_over_samples(chunk, rule, size)
 
 
 def check_params(params: PyTree) -> PyTree:

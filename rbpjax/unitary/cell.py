@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from rbpjax._core.keys import check_key
 from rbpjax._core.strategy import REQUIRED, count, option, strategy, switch
 from rbpjax.unitary.activation import Activation, saturate
-from rbpjax.unitary.kernel import BOUNDARIES, FourierKernel, conv_exp
+from rbpjax.unitary.kernel import BOUNDARIES, MAPS, FourierKernel, conv_exp
 
 
 def _is_lattice(value: object) -> bool:
@@ -102,9 +102,12 @@ class UnitaryCell:
       activation: φ, one of ``rbpjax.unitary.activation``, or an `Activation`.
       boundary: "periodic", or "even" or "odd" for a lattice that reflects at its edges,
         see `conv_exp`.
+      method: how U is made of the weights, see `conv_exp`: "taylor", "pade" and "eigh"
+        are the exponential, "cayley" is another map.
 
     Raises:
-      ValueError: when made with a lattice, a channel number or a boundary that is none.
+      ValueError: when made with a lattice, a channel number, a boundary or a method
+        that is none.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -138,6 +141,11 @@ class UnitaryCell:
         default="periodic",
         check=lambda value: value in BOUNDARIES,
         meaning=f"one of {', '.join(map(repr, BOUNDARIES))}",
+    )
+    method: str = option(
+        default="taylor",
+        check=lambda value: value in MAPS,
+        meaning=f"one of {', '.join(map(repr, MAPS))}",
     )
 
     @property
@@ -195,7 +203,9 @@ class UnitaryCell:
         Differentiable in every AD mode; the gradient reaches the real leaves.
         """
         joined = join_weights(weights, self.complex_valued)
-        kernel = conv_exp(joined.kernel, self.lattice, boundary=self.boundary)
+        kernel = conv_exp(
+            joined.kernel, self.lattice, method=self.method, boundary=self.boundary
+        )
         return CellParams(kernel, joined.encoder, joined.decoder, joined.bias)
 
     def __call__(

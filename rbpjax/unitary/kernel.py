@@ -23,15 +23,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from rbpjax.unitary.expm import (
+    METHODS,
     adjoint,
-    check_method,
     cis,
     expm_skew,
     orthogonalized,
     skew,
 )
+from rbpjax.unitary.orthogonal import orthogonal_cayley
 
 BOUNDARIES = ("periodic", "even", "odd")
+MAPS = (*METHODS, "cayley")
 
 
 @partial(
@@ -219,6 +221,13 @@ def conv_exp(
     sizes): Û = 1 there. Use complex weights or C ≥ 2 where that matters. ω is
     determined up to 2π only: keep max|Â| < π for a parametrisation without folds.
 
+    ``method="cayley"`` is another map than the exponential: the rational function
+    Û(k) = (1 - Â(k)/2)⁻¹ (1 + Â(k)/2), equal to it up to the second order in A. It is
+    unitary for all weights all the same, and one-to-one, without folds; an eigenvalue
+    -1 is out of its reach, and U decays away from the window exponentially, not
+    factorially. It costs one solve and five products a frequency at any ‖Â‖, its
+    derivative two products; every order.
+
     With ``boundary`` "even" or "odd" fields are reflected at the edges instead of going
     on at the other side; the norm is kept all the same. W is then averaged over the
     reflections of each axis, W(-x) = W(x), before its skew part is taken: Â(k) of real
@@ -231,7 +240,7 @@ def conv_exp(
         conjugate of the descent direction for a complex leaf.
       lattice: sizes of the lattice.
       method: how `expm_skew` takes the exponentials of several channels: "taylor",
-        "pade" or "eigh".
+        "pade" or "eigh"; or "cayley", another map, for any number of channels.
       boundary: "periodic"; "even", as a cosine transform has it (no flow through the
         edges); or "odd", as a sine transform has it (zero half a site beyond them).
 
@@ -256,18 +265,19 @@ def conv_exp(
       Magnasco, "Convolutional unitary or orthogonal recurrent neural networks",
       https://arxiv.org/abs/2302.07396 (U = e_⊗^A by FFT). Several channels follow
       Hoogeboom et al., "The Convolution Exponential and Generalized Sylvester
-      Flows", NeurIPS 2020, with the exponential taken exactly at each frequency.
+      Flows", NeurIPS 2020, with the exponential taken exactly at each frequency. The
+      Cayley transform at each frequency: Trockman and Kolter, "Orthogonalizing
+      Convolutional Layers with the Cayley Transform", ICLR 2021,
+      https://arxiv.org/abs/2104.07167; there its inverse, (1 + A)⁻¹ (1 - A).
     """
-    check_method(method)
+    if method not in MAPS:
+        raise ValueError(
+            f"`method` must be one of {', '.join(map(repr, MAPS))}; got {method!r}."
+        )
     if boundary != "periodic":
         return _reflecting(weights, lattice, method, boundary)
     a = fourier_kernel(weights, lattice)
-    # The projection is done in Fourier space, where W† is the adjoint of each block.
-    if a.has_channels:
-        hat = expm_skew(skew(a.hat), method=method)
-    else:
-        # The real part is no part of A, but what is not finite in it must be seen.
-        hat = cis(a.hat.imag + 0 * a.hat.real)
+    hat = _unitary(a.hat, a.has_channels, method)
     if a.real:
         hat = hat + jax.lax.stop_gradient(_of_real_kernel(hat, lattice) - hat)
     return dataclasses.replace(a, hat=hat)
@@ -301,14 +311,22 @@ def _reflecting(
         hat = (at(half) + at(-half % (2 * n))) / 2
     if a.real:
         hat = hat.real  # the average over ±k of the last axis, of which k ≥ 0 is stored
-    if a.has_channels:
-        hat = expm_skew(skew(hat), method=method)
-    else:
-        hat = cis(hat.imag + 0 * hat.real)
+    hat = _unitary(hat, a.has_channels, method)
     for axis, n in enumerate(lattice[:last] if a.real else lattice):
         k = np.arange(2 * n)
         hat = jnp.take(hat, np.minimum(k, 2 * n - k), axis)
     return FourierKernel(hat.astype(a.hat.dtype), tuple(lattice), a.real, boundary)
+
+
+def _unitary(hat: jax.Array, has_channels: bool, method: str) -> jax.Array:
+    """Û(k) of the skew part of Ŵ(k), where W† is the adjoint of each block."""
+    if has_channels and method == "cayley":
+        return orthogonal_cayley(hat)
+    if has_channels:
+        return expm_skew(skew(hat), method=method)
+    # The real part is no part of A, but what is not finite in it must be seen.
+    angle = hat.imag + 0 * hat.real
+    return cis(2 * jnp.arctan(angle / 2) if method == "cayley" else angle)
 
 
 def _of_real_kernel(hat: jax.Array, lattice: tuple[int, ...]) -> jax.Array:

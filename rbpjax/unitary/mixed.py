@@ -162,9 +162,15 @@ class MixedCell:
           `MixedWeights`.
 
         Raises:
-          ValueError: if ``key`` is no PRNG key, or by the cell's ``init``.
+          ValueError: if ``key`` is no PRNG key, ``inputs`` no positive int, or by the
+            cell's ``init``.
         """
         check_key(key)
+        if isinstance(inputs, bool) or not isinstance(inputs, int) or inputs < 1:
+            raise ValueError(
+                f"`inputs` must be a Python int of at least 1; got {inputs!r}. Fading "
+                "units are features of an input vector."
+            )
         keys = jax.random.split(key, 3)
         wide = {"inputs": self.fading, "outputs": outputs, **options}
         d = jax.random.uniform(keys[2], (self.fading,), minval=0.02, maxval=0.98)

@@ -90,6 +90,96 @@ STREAMED = {
 }
 
 
+def spread_out(f, check_vma, in_specs=P(), out_specs=P()):
+    mapped = jax.shard_map(
+        f, mesh=mesh(), in_specs=in_specs, out_specs=out_specs, check_vma=check_vma
+    )
+    return jax.jit(mapped)
+
+
+@vma
+@pytest.mark.parametrize("name", rows(STREAMED.keys(), ["pes"]))
+def test_pairs_over_devices(name, check_vma):
+    """The same pairs, two on each of eight devices: every window, in and out of it.
+
+    The step has a loop of its own that starts from an input, so that its types hold
+    only if inputs, too, are marked as differing between devices.
+    """
+    turn = lambda w, x: jax.lax.fori_loop(0, 2, lambda _, a: jnp.tanh(w @ a), x)
+    f = lambda w, x, h: turn(w["a"], x) + w["b"] * h
+    loss = lambda w, h, y: jnp.sum((h - y) ** 2) + w["b"][0] * h[1]
+    w = {"a": jnp.array([[0.5, 0.2], [-0.3, 0.1]]), "b": jnp.array([0.7, -1.1])}
+    xs, ys = jax.random.normal(jax.random.key(1), (2, 3, 4, 2))
+    h0 = jnp.array([0.3, -0.2])
+    # A coarse σ: the quotient of differences magnifies rounding by 1/σ = 10.
+    make = lambda **kw: STREAMED[name](f, loss, num_samples=16, sigma=0.1, **kw)
+    one, many = make(), make(axis_name="d")
+
+    def window(est, w, carry, key, x, y):
+        return est.step(w, carry, x, y, est.noise(key, carry))
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    ahead = P() if name == "truncated_es" else P("d")
+    specs = perturb.EvolutionCarry(ahead, ahead, P("d"), P(), P())
+    if name == "truncated_es":
+        specs = specs._replace(behind=())
+    start = spread_out(many.init, check_vma, out_specs=specs)
+    step = spread_out(
+        lambda *args: window(many, *args),
+        check_vma,
+        in_specs=(P(), specs, P(), P(), P()),
+        out_specs=(specs, P()),
+    )
+    got, want = start(w, h0), one.init(w, h0)
+    for key, x, y in zip(keys, xs, ys, strict=True):
+        got, out = step(w, got, key, x, y)
+        want, expected = jax.jit(lambda *args: window(one, *args))(w, want, key, x, y)
+        assert_close(out, expected, 1e-12)
+        assert_close((got.ahead, got.credit), (want.ahead, want.credit), 1e-12)
+
+
+@pytest.mark.full
+@vma
+@pytest.mark.parametrize("rank", [None, 1])
+def test_seeded_passes_over_devices(rank, check_vma):
+    """The gradient, and the step of descent, of one device with all samples."""
+    exact = perturb.difference.Exact()
+    make = lambda **kw: perturb.SeededPerturbation(
+        num_samples=16, rank=rank, difference=exact, **kw
+    )
+    turn = lambda w, x: jax.lax.fori_loop(0, 2, lambda _, a: jnp.tanh(w @ a), x)
+    loss = lambda w, x: jnp.sum(turn(w, x) ** 2)
+    w, x, key = jnp.array([[0.5, 0.2], [-0.3, 0.1]]), jnp.ones(2), jax.random.key(0)
+    for f, arguments in (
+        (perturb.value_and_grad, (w, x)),
+        (perturb.seeded_descent, (w, 0.1, x)),
+    ):
+        want = jax.jit(f(loss, make()))(key, *arguments)
+        got = spread_out(f(loss, make(axis_name="d")), check_vma)(key, *arguments)
+        assert_close(got, want, 1e-12)
+    inner = lambda k: perturb.value_and_grad(loss, make(axis_name="e"))(k, w, x)
+    with pytest.raises(ValueError, match="`axis_name` = 'e' is no axis here"):
+        inner(key)
+
+
+def test_pairs_that_cannot_be_shared_out_are_refused():
+    est = perturb.pes(lambda w, x, h: w * h, lambda w, h, y: h, num_samples=12)
+    divided = perturb.pes(
+        lambda w, x, h: w * h, lambda w, h, y: h, num_samples=12, axis_name="d"
+    )
+    w = jnp.array(0.5)
+    with pytest.raises(ValueError, match="must be a multiple of the 8 devices"):
+        spread_out(divided.init, True, out_specs=P("d"))(w, w)
+    for call in (
+        lambda: divided.init(w, w),
+        lambda: divided.noise(jax.random.key(0), est.init(w, w)),
+    ):
+        with pytest.raises(ValueError, match=r"inside `jax\.shard_map`"):
+            call()
+    with pytest.raises(ValueError, match="axis_name"):
+        perturb.nres(lambda w, x, h: w * h, lambda w, h, y: h, axis_name=3)
+
+
 @pytest.mark.full
 @vma
 @pytest.mark.parametrize("name", rows(STREAMED.keys(), ["pes"]))

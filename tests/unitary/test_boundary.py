@@ -11,6 +11,7 @@ import scipy.linalg
 
 from rbpjax.unitary import UnitaryCell, activation, conv_exp, recomputed_scan
 from rbpjax.unitary.history import HistoryReport, Inverse
+from tests.support.problems import rows
 
 # lattice, window, channels, complex: odd and even sizes, windows of both parities and
 # as large as the lattice, one to three axes.
@@ -69,6 +70,21 @@ def folded(w, lattice, channels, boundary):
         factor = np.prod([f for _, f in seen]) / 2**d
         dense[index[x], :, index[y], :] += factor * w[at].reshape(c, c)
     return dense.reshape(len(sites) * c, len(sites) * c)
+
+
+@pytest.mark.parametrize("case", rows({str(c): c for c in CASES}, [str(CASES[2])]))
+@boundaries
+def test_equals_the_cayley_transform_of_the_folded_matrix(case, boundary):
+    """U z is (1 - S/2)⁻¹ (1 + S/2) z with S = ½(W - Wᴴ), and its adjoint undoes it."""
+    lattice, _, channels, _ = case
+    w, z = draw(case)
+    dense = folded(w, lattice, channels, boundary)
+    s, one = (dense - dense.conj().T) / 2, np.eye(len(dense))
+    want = np.linalg.solve(one - s / 2, one + s / 2) @ z.reshape(-1)
+    u = conv_exp(jnp.array(w), lattice, boundary=boundary, method="cayley")
+    got = u(jnp.array(z))
+    np.testing.assert_allclose(got.reshape(-1), want, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(u.adjoint()(got), z, rtol=0, atol=1e-13)
 
 
 @cases

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rbpjax.unitary import UnitaryCell
+from rbpjax.unitary import UnitaryCell, conv_exp
 from rbpjax.unitary.activation import (
     Activation,
     identity,
@@ -244,6 +244,17 @@ def test_exponential_is_outside_the_scan(key):
         assert "expm" in prepared or "cos" in prepared
 
 
+def test_the_method_is_that_of_the_kernel(key):
+    """Weights are drawn alike; the Cayley transform is not the exponential."""
+    make = lambda **kw: UnitaryCell(lattice=(8,), complex_valued=False, **kw)
+    weights = make().init(key, radius=1, scale=1.0)
+    for method in ("taylor", "cayley"):
+        got = make(method=method).prepare(weights).kernel.hat
+        want = conv_exp(weights.kernel, (8,), method=method).hat
+        chex.assert_trees_all_close(got, want, rtol=0, atol=1e-14)
+    assert jnp.max(jnp.abs(got - make().prepare(weights).kernel.hat)) > 1e-3
+
+
 def test_bad_cells_are_refused(key):
     """Static fields, missing inverses and read-outs are named."""
     with pytest.raises(ValueError, match="tuple of one to three"):
@@ -254,6 +265,10 @@ def test_bad_cells_are_refused(key):
         UnitaryCell(lattice=(2, 2.0))
     with pytest.raises(ValueError, match="`channels`"):
         UnitaryCell(lattice=(2,), channels=0)
+    with pytest.raises(ValueError, match=r"`method` must be one of 'taylor'.*'cayley'"):
+        UnitaryCell(lattice=(2,), method="exp")
+    with pytest.raises(ValueError, match=r"`method` must be one of 'taylor'.*'cayley'"):
+        conv_exp(jnp.zeros(3), (4,), method="exp")
     cell = UnitaryCell(lattice=(4,), channels=3, activation=max_min)
     params = cell.prepare(cell.init(key, radius=1))
     with pytest.raises(ValueError, match="must be even"):

@@ -15,7 +15,7 @@ from jax.test_util import check_grads
 from rbpjax import unitary
 from rbpjax.unitary import fourier_kernel
 
-conv_exp = jax.jit(unitary.conv_exp, static_argnums=1)
+conv_exp = jax.jit(unitary.conv_exp, static_argnums=1, static_argnames="method")
 
 # lattice, window, channels, complex: every dimension, odd and even sizes, windows
 # smaller than, as large as, and of other parity than the lattice.
@@ -83,6 +83,51 @@ def test_equals_the_exponential_of_the_dense_circulant_matrix(case):
     got = conv_exp(w, lattice)(z)
     expected = (dense @ z.reshape(-1)).reshape(z.shape)
     chex.assert_trees_all_close(got, expected, rtol=0, atol=1e-13)
+
+
+def cayley(s):
+    """(1 - S/2)⁻¹ (1 + S/2)."""
+    one = np.eye(len(s))
+    return np.linalg.solve(one - s / 2, one + s / 2)
+
+
+@pytest.mark.parametrize("case", SOME)
+def test_cayley_is_that_of_the_dense_circulant_matrix(case):
+    """Value, adjoint, -A, and the derivative: ½(1 + U) dS ½(1 + U), also at S = 0.
+
+    To 1e-13: a solve of matrices with ‖S‖ of order ten, and FFTs of ten to 48 numbers.
+    """
+    lattice, _, channels, _ = case
+    z, direction = fields_of(case), weights_of(case, 5)
+    flat = lambda a: a.reshape(-1)
+    matrix = lambda w: circulant(w, lattice, channels)
+    s, ds = (matrix(w) - matrix(w).conj().T for w in (weights_of(case), direction))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-13 * z.size)
+    for size in (0.0, 1.0):
+        dense = cayley(size * s / 2)
+        f = lambda w: conv_exp(w, lattice, method="cayley")
+        w = jnp.array(size * weights_of(case))
+        u, du = jax.jvp(f, (w,), (jnp.array(direction),))
+        close(flat(u(z)), dense @ flat(z))
+        close(u.adjoint()(u(z)), z)
+        close(f(-w).hat, u.adjoint().hat)
+        half = (np.eye(len(s)) + dense) / 2
+        close(flat(du(z)), half @ (ds / 2) @ half @ flat(z))
+    # Another map than the exponential, and not the identity.
+    assert np.max(np.abs(u(z) - conv_exp(w, lattice)(z))) > 5e-3
+    assert np.max(np.abs(u(z) - z)) > 0.1
+
+
+def test_cayley_of_one_channel_by_its_formula():
+    """Û = (1 + iω/2)/(1 - iω/2): near the exponential, without folds, never -1."""
+    lattice, offset = (8,), jnp.array([0.0, 1j, 0.0])
+    f = lambda w, method: conv_exp(w * offset, lattice, method=method).hat[0]
+    for w in (-0.01, 0.01, 0.1):
+        # x³/12 for x = iω, and a term ten times smaller at least.
+        gap = f(w, "cayley") - f(w, "taylor")
+        assert abs(gap - (1j * w) ** 3 / 12) < 0.1 * w**2 * abs(w) / 12
+    angles = [jnp.angle(f(w, "cayley")) for w in (1.0, 4.0, 30.0, 1e4)]
+    np.testing.assert_allclose(angles, 2 * np.arctan([0.5, 2.0, 15.0, 5e3]), rtol=1e-12)
 
 
 @pytest.mark.parametrize("case", SOME)
@@ -226,16 +271,19 @@ def test_reverse_formula_of_a_single_channel():
 
 
 @pytest.mark.parametrize(
-    ("case", "scale"),
+    ("case", "scale", "method"),
     [
-        pytest.param(CASES[2], 0.0, marks=pytest.mark.full),
-        pytest.param(CASES[2], 1.0),
-        pytest.param(CASES[6], 0.0, marks=pytest.mark.full),
-        pytest.param(CASES[6], 1.0, marks=pytest.mark.full),
+        pytest.param(CASES[2], 0.0, "taylor", marks=pytest.mark.full),
+        pytest.param(CASES[2], 1.0, "taylor"),
+        pytest.param(CASES[6], 0.0, "taylor", marks=pytest.mark.full),
+        pytest.param(CASES[6], 1.0, "taylor", marks=pytest.mark.full),
+        pytest.param(CASES[2], 1.0, "cayley", marks=pytest.mark.full),
+        pytest.param(CASES[6], 0.0, "cayley", marks=pytest.mark.full),
+        pytest.param(CASES[7], 1.0, "cayley", marks=pytest.mark.full),
     ],
     ids=str,
 )
-def test_gradients_against_finite_differences(case, scale):
+def test_gradients_against_finite_differences(case, scale, method):
     """Both modes, to second order, at A = 0 too; never NaN."""
     lattice = case[0]
     w, z = scale * weights_of(case), fields_of(case)
@@ -244,7 +292,7 @@ def test_gradients_against_finite_differences(case, scale):
     @jax.jit
     def f(parts):
         w = jax.lax.complex(*parts) if case[3] else parts[0]
-        out = conv_exp(w, lattice)(z)
+        out = conv_exp(w, lattice, method=method)(z)
         return jnp.sum(jnp.sin(out.real) + jnp.cos(2 * out.imag))
 
     check_grads(f, (parts,), order=2, modes=("fwd", "rev"), rtol=1e-5, atol=1e-5)
@@ -315,7 +363,10 @@ def test_bad_fields_are_refused():
 
 @pytest.mark.parametrize("lattice", [(9,), (8,), (4, 4, 4), (6, 5), (5, 6), (1, 2)])
 @pytest.mark.parametrize("channels", [None, 2, 3, 5])
-def test_real_kernels_are_orthogonal_at_any_norm(lattice, channels):
+@pytest.mark.parametrize(
+    "method", ["taylor", pytest.param("cayley", marks=pytest.mark.full)]
+)
+def test_real_kernels_are_orthogonal_at_any_norm(lattice, channels, method):
     """float32 weights up to 1e8: no phase error at k = -k leaks into the norm.
 
     Before, the norm of a field was off by 2e-3 a step at 1e6 with three channels.
@@ -329,7 +380,7 @@ def test_real_kernels_are_orthogonal_at_any_norm(lattice, channels):
 
     @jax.jit
     def errors(norm):
-        u = conv_exp(norm * unit, lattice)
+        u = conv_exp(norm * unit, lattice, method=method)
         return length(u(z)) / length(z) - 1, length(u.adjoint()(u(z)) - z) / length(z)
 
     for norm in (0.0, 1e-20, 1.0, 1e4, 1e6, 1e8):

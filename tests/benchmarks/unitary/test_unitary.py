@@ -60,6 +60,17 @@ def test_an_interrupted_task_resumes_bit_for_bit(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.full
+def test_longer_copying_has_a_delay_of_its_own(capsys):
+    """Five steps here, not the thousand of `copying`: seen in the baseline's loss."""
+    options = ("--networks", "lstm", "--shorten", "0.04", "--seeds", "0")
+    result = run("copying-long", *options, "--long-delay", "5")
+    assert result["memoryless"] == pytest.approx(10 * np.log(8) / 25, rel=1e-5)
+    assert list(result["networks"]) == ["lstm"]
+    assert "| LSTM" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.full
 def test_every_network_trains():
     """Each kind of network, small, lowers the loss of the adding problem."""
     task = sequences.adding(4, 0)
