@@ -4,7 +4,8 @@ An estimator is a triple of pure functions, as in optax (see ``Estimator``). How
 choose, for n units and P parameters:
 
 * ``uoro``: any step function, O(n² + P) a step, unbiased, noisy; the default.
-* ``nobacktrack``, ``kalman_nobacktrack``: scales for each unit; O(n P) in general.
+* ``nobacktrack``, ``kalman_nobacktrack``: scales for each unit; O(n P) in general,
+  O(n² + P) where units own their parameters and ``rows`` says so.
 * ``kf_rtrl``: a ``PreactivationCell``, O(n³), unbiased, far less noise.
 * ``ok_rtrl``: the same with several products and least variance, O(r n³) for r.
 * ``snap1``, ``rflo``: a ``PreactivationCell``, O(P), no noise, biased.

@@ -142,6 +142,12 @@ def gru_after(n=2, steps=12, seed=4):
     return system._replace(f=cell)
 
 
+def unit_rows(params):
+    """The parameters of these systems by units, gate after gate, biases first."""
+    own = jnp.concatenate([params["b"][..., None], params["W"], params["U"]], -1)
+    return [own.reshape(-1, own.shape[-1]), params["C"]]
+
+
 def signs_like(est, system, *lead, seed=7):
     """Random signs for ``lead`` steps or runs, drawn without compiling anything."""
     carry = jax.eval_shape(est.init, system.params, system.h0)
