@@ -1,5 +1,6 @@
 """Recurrent systems for the tests: no symmetric map, readout and cell share params."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -71,6 +72,24 @@ def leaky(n=3, steps=12, seed=1, recurrent=1.0):
         activate=lambda z, h: 0.7 * h + 0.3 * jnp.tanh(z[0]),
     )
     return system._replace(f=cell)
+
+
+@cache
+def spiking(n=3, steps=12, seed=1, recurrent=1.0, adaptation=0.0):
+    """Integrate-and-fire units that spike; the loss sees traces and voltages."""
+    system = vanilla(n, steps, seed)
+    made = online.cells.lif(n, 2, leak=0.2, adaptation=adaptation)
+    kernel = made.cell.kernel
+    cell = dataclasses.replace(
+        made.cell, kernel=lambda p: kernel(p | {"W": recurrent * p["W"]})
+    )
+
+    def loss(p, h, y):
+        error = p["C"] @ h["trace"] - y
+        return jnp.sum(error**2) + 0.1 * jnp.sum(jnp.sin(p["W"])) * h["voltage"][0]
+
+    params = system.params | {"b": system.params["b"] + 0.5}  # some drive
+    return system._replace(f=cell, loss=loss, params=params, h0=made.h0)
 
 
 @cache
