@@ -54,7 +54,7 @@ METHODS = {
     "kalman": Method(
         "Kalman NoBackTrack",
         lambda f, loss: online.kalman_nobacktrack(
-            f, loss, decay=1e-3, rows=rows, damping=1e-3
+            f, loss, decay=1e-3, rows=rows, damping=1e-3, own_rows=True
         ),
         natural=True,
     ),

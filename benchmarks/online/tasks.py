@@ -96,7 +96,8 @@ def gru(units: int, vocabulary: int) -> tuple[online.PreactivationCell, Callable
         logits = params["readout"] @ h + params["offset"]
         return -jax.nn.log_softmax(logits)[y] / jnp.log(2.0)
 
-    return online.PreactivationCell(kernel, features, activate), loss
+    cell = online.PreactivationCell(kernel=kernel, features=features, activate=activate)
+    return cell, loss
 
 
 def gru_params(key: jax.Array, units: int, vocabulary: int) -> dict[str, jax.Array]:

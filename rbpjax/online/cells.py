@@ -1,7 +1,7 @@
-"""Cells ready to use: vanilla, leaky, GRU, LSTM and linear recurrent units.
+"""Cells ready to use: vanilla, leaky, spiking, GRU, LSTM and linear recurrent units.
 
 Each function returns a ``ReadyCell``: the step function, its initial parameters and its
-initial state. Estimators that ask for a ``PreactivationCell`` take the first four,
+initial state. Estimators that ask for a ``PreactivationCell`` take all but ``lru``,
 ``diagonal_rtrl`` takes ``lru``, and those for any step function take all of them.
 """
 
@@ -18,7 +18,7 @@ from rbpjax.online.elementwise import ElementwiseCell
 from rbpjax.online.estimator import check_count, check_positive
 from rbpjax.types import PyTree
 
-__all__ = ["ReadyCell", "gru", "leaky", "lru", "lstm", "vanilla"]
+__all__ = ["ReadyCell", "gru", "leaky", "lif", "lru", "lstm", "vanilla"]
 
 Select = Callable[[PyTree], PyTree]
 """``select(params)``: the cell's own parameters, of all."""
@@ -145,6 +145,122 @@ def _leaky(units: int, input_size: int, leak: float, select: Select) -> ReadyCel
 
     cell = PreactivationCell(kernel=kernel, features=_features, activate=activate)
     return ReadyCell(cell, init, jnp.zeros(units))
+
+
+def lif(
+    units: int,
+    input_size: int,
+    *,
+    leak: float = 0.1,
+    threshold: float = 1.0,
+    adaptation: float = 0.0,
+    adaptation_leak: float = 0.01,
+    trace_leak: float = 0.1,
+    dampening: float = 0.3,
+    select: Select = _itself,
+) -> ReadyCell:
+    """Makes leaky integrate-and-fire units, with adaptive thresholds if wanted.
+
+        v' = (1 - α) v + W z + U x + b - θ z,     a' = (1 - ρ) a + z,
+        z' = 1 where v' > θ + β a', else 0,       z̄' = (1 - κ) z̄ + z',
+
+    with the leak α of the voltage, the threshold θ, its adaptation β with the leak ρ,
+    and spikes z. The trace z̄ is what a leaky readout sees: read from it.
+
+    A spike has no derivative; in its place stands, in all AD modes, the surrogate
+    ∂z'/∂(v' - β a') = (γ / θ) max(0, 1 - |v' - θ - β a'| / θ) with the dampening γ.
+    The reset -θ z passes no derivative, as in the eligibility vectors of the paper. So
+    all gradients, ``rtrl``'s and ``bptt``'s too, are those of the surrogate. Given to
+    ``rflo``, it is e-prop.
+
+    Its step is exactly these equations. Cost: O(n² + n k) a step for n units and k
+    inputs. Parameters: as those of ``vanilla``; leaks, threshold and adaptation are
+    fixed.
+
+    Args:
+      units: the number of units.
+      input_size: the size of x, a vector.
+      leak: α, in (0, 1].
+      threshold: θ, positive.
+      adaptation: β, at least 0; with 0 there is no leaf for it in the state.
+      adaptation_leak: ρ, in (0, 1].
+      trace_leak: κ, in (0, 1].
+      dampening: γ, positive.
+      select: where in ``params`` the cell's own are; a function of the pytree.
+
+    Returns:
+      A ``ReadyCell`` with a ``PreactivationCell``; the state is
+      ``{"spikes": z, "trace": z̄, "voltage": v}``, with ``"adaptation": a`` if β > 0,
+      vectors of units.
+
+    Raises:
+      ValueError: ``units`` or ``input_size`` is no positive int, or another option is
+        out of its range.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from rbpjax import online
+      >>> made = online.cells.lif(units=3, input_size=2)
+      >>> loss = lambda params, h, y: jnp.sum((h["trace"] - y) ** 2)
+      >>> est = online.rflo(made.cell, loss)
+      >>> params = made.init(jax.random.key(0)) | {"b": jnp.array([-2.0, 0.0, 2.0])}
+      >>> carry = est.init(params, made.h0)
+      >>> carry, out = est.step(params, carry, jnp.zeros(2), jnp.zeros(3), ())
+      >>> carry.h["spikes"].tolist()
+      [0.0, 0.0, 1.0]
+
+    References:
+      Bellec et al., "A solution to the learning dilemma for recurrent networks of
+      spiking neurons", Nature Communications 11, 2020,
+      https://www.nature.com/articles/s41467-020-17236-y, Methods: the network models
+      and their pseudo-derivative.
+    """
+    check_sizes(units, input_size)
+    for name, value in (
+        ("leak", leak),
+        ("adaptation_leak", adaptation_leak),
+        ("trace_leak", trace_leak),
+    ):
+        check_positive(name, value, 1.0)
+    check_positive("threshold", threshold)
+    check_positive("dampening", dampening)
+    if adaptation != 0:
+        check_positive("adaptation", adaptation)
+
+    def activate(z: jax.Array, h: PyTree) -> PyTree:
+        reset = threshold * jax.lax.stop_gradient(h["spikes"])
+        voltage = (1 - leak) * h["voltage"] + z[0] - reset
+        new, above = {}, voltage - threshold
+        if adaptation:
+            new["adaptation"] = (1 - adaptation_leak) * h["adaptation"] + h["spikes"]
+            above = above - adaptation * new["adaptation"]
+        spikes = _spike(above / threshold, dampening)
+        trace = (1 - trace_leak) * h["trace"] + spikes
+        return new | {"spikes": spikes, "trace": trace, "voltage": voltage}
+
+    made = _leaky(units, input_size, 1.0, select)  # with the same parameters
+    cell = PreactivationCell(
+        kernel=made.cell.kernel,
+        features=lambda x, h: _features(x, h["spikes"]),
+        activate=activate,
+    )
+    leaves = ["spikes", "trace", "voltage"] + ["adaptation"] * (adaptation > 0)
+    return ReadyCell(cell, made.init, {name: jnp.zeros(units) for name in leaves})
+
+
+@jax.custom_jvp
+def _spike(above: jax.Array, dampening: float) -> jax.Array:
+    """1 where it is positive, else 0, with a triangle for its derivative."""
+    del dampening
+    return (above > 0).astype(above.dtype)
+
+
+@_spike.defjvp
+def _spike_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    above, dampening = primals
+    slope = dampening * jnp.maximum(1 - jnp.abs(above), 0)
+    return _spike(above, dampening), slope.astype(above.dtype) * tangents[0]
 
 
 def gru(units: int, input_size: int, *, select: Select = _itself) -> ReadyCell:

@@ -31,7 +31,7 @@ from rbpjax.online.metric import (
     newest_share,
     whitening,
 )
-from rbpjax.online.nobacktrack import Measure, reduce_units
+from rbpjax.online.nobacktrack import Measure, owned_norms, reduce_units
 from rbpjax.online.rank_one import state_signs, zero_pair
 from rbpjax.types import PyTree, StepFn
 
@@ -65,6 +65,8 @@ def kalman_nobacktrack(
     rows: Rows | None = None,
     damping: float = 1e-4,
     include_current: bool = True,
+    own_rows: bool = False,
+    prior: float | None = None,
 ) -> Estimator:
     """Streams natural-gradient directions: NoBackTrack in a learned metric.
 
@@ -72,8 +74,11 @@ def kalman_nobacktrack(
     in a metric of the problem, not in the Euclidean one: parameters are measured by
     ‖w‖² = wᵀM⁻¹w, states by ‖v‖² = Σᵢ vᵢ² (1 + sᵢ / mean s), where M is the
     quasi-diagonal metric of ``scale_by_quasi_diagonal`` and s a running mean of δ²,
-    both of the past. And ``grads`` is M⁻¹ times the gradient: with the decay as
-    step size, a light Kalman filter for the parameters.
+    both of the past. And ``grads`` is M⁻¹ times the gradient: with a ``prior`` and the
+    decay as step size, a light Kalman filter for the parameters. Without a prior the
+    first steps of that filter are of size 1 / |gradient|, which spoils the network;
+    take a step size of your own there. A filter forgets after 1 / decay steps: keep
+    that above the number of parameters of a unit, better of all.
 
     A gradient that is not finite, or whose square is not, is not learnt: it is lost,
     with the direction of its step, and nothing else.
@@ -89,10 +94,11 @@ def kalman_nobacktrack(
     2. The norm of the state is our choice, as is the 1 in it, which keeps units that
        the loss does not see at present from being scaled up.
 
-    Cost: as ``nobacktrack`` without ``row_norms``, O(n P) time, plus O(P) for each
-    metric; memory four parameter trees, whatever the length of the run. Works under
-    ``jit``, ``vmap`` and ``scan``. A run can be differentiated in forward and reverse
-    mode; reverse mode stores its history.
+    Cost: as ``nobacktrack`` without ``row_norms``, O(n P) time, with ``own_rows`` as
+    ``nobacktrack`` with ``rows``, O(n² + P), plus O(P) for each metric; memory four
+    parameter trees, whatever the length of the run. Works under ``jit``, ``vmap`` and
+    ``scan``. A run can be differentiated in forward and reverse mode; reverse mode
+    stores its history.
 
     Args:
       f: step function ``f(params, x, h) -> h``; any pytrees.
@@ -101,21 +107,28 @@ def kalman_nobacktrack(
       rows: arrangement of the parameters by units; see ``scale_by_quasi_diagonal``.
       damping: positive, added to the diagonal of M.
       include_current: whether the M that is applied contains the present gradient.
+      own_rows: whether units own their parameters, those of the rows of ``rows`` as in
+        ``nobacktrack``: all norms by one product then. Where it does not hold it costs
+        variance, never bias.
+      prior: positive, or None; see ``scale_by_quasi_diagonal``.
 
     Returns:
       An ``Estimator``. Its influence is ``RankOne(v, w)``, v like ``h0``, w like
       ``params``, its metric ``Metric``; its noise is a pytree of signs like ``h0``.
 
     Raises:
-      ValueError: an option is out of range; from ``init``, if ``rows`` does not use
-        every number once; from ``init`` and ``step`` as in ``Estimator``.
+      ValueError: an option is out of range, or ``own_rows`` without ``rows``; from
+        ``init``, if ``rows`` does not use every number once; from ``step``, if it has
+        no matrix for a leaf of the state; from both as in ``Estimator``.
 
     Example:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> from rbpjax import online
       >>> f, loss = lambda W, x, h: jnp.tanh(W @ h + x), lambda W, h, y: jnp.sum(h**2)
-      >>> est = online.kalman_nobacktrack(f, loss, decay=0.1)
+      >>> est = online.kalman_nobacktrack(
+      ...     f, loss, decay=0.1, rows=lambda W: W, own_rows=True, prior=1.0
+      ... )
       >>> W, x, y = 0.5 * jnp.eye(2), jnp.ones(2), jnp.zeros(2)
       >>> carry = est.init(W, jnp.zeros(2))
       >>> noise = est.noise(jax.random.key(0), carry)
@@ -130,7 +143,12 @@ def kalman_nobacktrack(
       Ollivier, "Online Natural Gradient as a Kalman Filter",
       https://arxiv.org/abs/1703.00209.
     """
-    check_filter(decay, damping)
+    check_filter(decay, damping, prior)
+    if own_rows and rows is None:
+        raise ValueError(
+            "`own_rows=True` says that unit i has row i of `rows(params)`, which is "
+            "None; give `rows`, or leave `own_rows` out."
+        )
 
     def init(params: PyTree, h0: PyTree) -> Carry:
         check_rows(rows, floats(params))
@@ -139,7 +157,7 @@ def kalman_nobacktrack(
     def blank(params: PyTree, h0: PyTree) -> Carry:
         carry = zero_pair(params, h0)
         unseen = optax.tree.zeros_like(parts(carry.h))
-        return carry._replace(metric=Metric(empty(rows, floats(params)), unseen))
+        return carry._replace(metric=Metric(empty(rows, floats(params), prior), unseen))
 
     def step(
         params: PyTree, carry: Carry, x: PyTree, y: PyTree, noise: PyTree
@@ -154,9 +172,10 @@ def kalman_nobacktrack(
 
         white = whitening(rows, learnt.metric, damping)
         measure = Measure(lambda v: optax.tree.mul(v, units), white, units)
-        influence, grads = reduce_units(here, carry.influence, noise, measure, None)
+        norms = owned_norms(here.h, white) if own_rows else None
+        influence, grads = reduce_units(here, carry.influence, noise, measure, norms)
 
-        new = learn(decay, rows, learnt, grads)
+        new = learn(decay, rows, learnt, grads, prior)
         used = new if include_current else learnt
         direction = apply_inverse(rows, used.metric, grads, damping)
         gamma = newest_share(decay, learnt.count)

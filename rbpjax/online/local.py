@@ -1,4 +1,4 @@
-"""SnAp-1 and RFLO: the influence kept within the units."""
+"""SnAp-1, RFLO and e-prop: the influence kept within the units."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from rbpjax.online.estimator import (
     LossFn,
     OnlineOutput,
     check_real,
+    check_shapes,
     checked,
     no_noise,
     observe,
@@ -97,33 +98,49 @@ def snap1(cell: PreactivationCell, loss: LossFn) -> Estimator:
     return local_influence(cell, loss, self_jacobian)
 
 
-def rflo(cell: PreactivationCell, loss: LossFn) -> Estimator:
-    """Streams gradients with an eligibility trace in each unit.
+def rflo(
+    cell: PreactivationCell,
+    loss: LossFn,
+    *,
+    feedback: Callable[[PyTree, PyTree, PyTree], PyTree] | None = None,
+) -> Estimator:
+    """Streams gradients with an eligibility trace in each unit: RFLO and e-prop.
 
     All influence through the recurrent matrix is dropped; what remains is the memory
     inside the units, such as the leak or the forget gate:
 
         B ← (∂h'/∂h at fixed z) B + D ⊗ ĥ,    gradient = ∂loss/∂θ + δ B.
 
-    For the leaky cell h' = (1-α) h + α φ(W ĥ) this is the trace of the paper,
-    B ← (1-α) B + α φ' ĥᵀ. Departs from the paper in one point: δ is the true
-    ∂loss/∂h; for a fixed random feedback, give the loss a custom derivative.
+    For the leaky cell h' = (1-α) h + α φ(W ĥ) this is RFLO, whose trace is
+    B ← (1-α) B + α φ' ĥᵀ. For spiking units, such as ``cells.lif``, it is e-prop: B are
+    its eligibility vectors, one a leaf of the state, with the surrogate derivative of
+    a spike, and δ B sums what its learning signals multiply.
 
-    Truncated (biased). Exact where W has no recurrent part. No noise. Cost: time and
-    memory O(P S²) for P entries of W and S state leaves, without any product with W,
-    whatever the length of the run. Works under ``jit``, ``vmap`` and ``scan``. A run
-    can be differentiated in forward and reverse mode; reverse mode stores its history.
+    With ``feedback`` the learning signal takes the place of δ = ∂loss/∂h in δ B, as
+    where fixed random weights carry the error back to the units. Without it, feedback
+    is symmetric, in the words of both papers.
+
+    Truncated (biased): it is the gradient of an unrolled run that is stopped where the
+    state enters the pre-activations. Exact where W has no recurrent part and there is
+    no ``feedback``. No noise. Cost: time and memory O(P S²) for P entries of W and S
+    state leaves, without any product with W, whatever the length of the run. Works
+    under ``jit``, ``vmap`` and ``scan``. A run can be differentiated in forward and
+    reverse mode; reverse mode stores its history.
 
     Args:
       cell: step function as a ``PreactivationCell``.
       loss: ``loss(params, h, y) -> scalar`` at the new state.
+      feedback: ``feedback(params, h, y)``, the learning signal, a pytree like the
+        state. For a readout C h with a squared error and fixed random weights R, ``[n,
+        outputs]``, it is ``2 * R @ (params["C"] @ h - y)``.
 
     Returns:
       An ``Estimator``. Its influence is B, ``[S, a, n, k]``; it needs no noise.
 
     Raises:
-      ValueError: ``cell`` is no ``PreactivationCell``; from ``init`` and ``step`` as
-        in ``Estimator``.
+      ValueError: ``cell`` is no ``PreactivationCell``; from ``step``, if ``feedback``
+        returns no pytree like the state; from ``init`` and ``step`` as in
+        ``Estimator``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -142,7 +159,10 @@ def rflo(cell: PreactivationCell, loss: LossFn) -> Estimator:
 
     References:
       Murray, "Local online learning in recurrent networks with random feedback",
-      eLife 8, 2019, https://elifesciences.org/articles/43299.
+      eLife 8, 2019, https://elifesciences.org/articles/43299. Bellec et al., "A
+      solution to the learning dilemma for recurrent networks of spiking neurons",
+      Nature Communications 11, 2020,
+      https://www.nature.com/articles/s41467-020-17236-y, equation 1.
     """
 
     def self_jacobian(
@@ -151,11 +171,14 @@ def rflo(cell: PreactivationCell, loss: LossFn) -> Estimator:
         del params, x, h
         return inside.local
 
-    return local_influence(cell, loss, self_jacobian)
+    return local_influence(cell, loss, self_jacobian, feedback)
 
 
 def local_influence(
-    cell: PreactivationCell, loss: LossFn, self_jacobian: SelfJacobian
+    cell: PreactivationCell,
+    loss: LossFn,
+    self_jacobian: SelfJacobian,
+    feedback: Callable[[PyTree, PyTree, PyTree], PyTree] | None = None,
 ) -> Estimator:
     """An estimator whose influence stays within the units, B ← (self) B + D ⊗ ĥ."""
     check_cell(cell)
@@ -179,7 +202,12 @@ def local_influence(
         influence = jnp.einsum(
             "tsi,saik->taik", cast(own), carry.influence
         ) + jnp.einsum("tia,k->taik", inside.gates, inside.features)
-        delta = cast(jnp.stack(jax.tree.leaves(here.delta)))
+        signal = here.delta
+        if feedback is not None:
+            signal = feedback(params, here.h_next, y)
+            remedy = "It returns a learning signal for each unit."
+            check_shapes(signal, here.delta, "`feedback`'s output", "the state", remedy)
+        delta = jnp.stack([cast(s) for s in jax.tree.leaves(signal)])
         kernel_grad = jnp.einsum("ti,taik->aik", delta, influence)
         total = kernel_to_params(cell, params, kernel_grad)
         out = OnlineOutput(here.loss, optax.tree.add(here.direct, total))

@@ -101,6 +101,7 @@ def scale_by_quasi_diagonal(
     *,
     damping: float = 1e-4,
     include_current: bool = True,
+    prior: float | None = None,
 ) -> optax.GradientTransformation:
     """Multiplies gradients by the inverse of a quasi-diagonal metric.
 
@@ -112,9 +113,13 @@ def scale_by_quasi_diagonal(
     A gradient that is not finite, or whose square is not (in float32 from 1.8e19, in
     float16 from 256), is not learnt: one bad step does not spoil the next.
 
-    Used as online natural gradient θ ← θ - γₜ M⁻¹ g, this is an extended Kalman
-    filter for a constant parameter with forgetting γ, in which the step size *is* the
-    decay of the metric; chain with a learning rate for that (see the example).
+    Used as online natural gradient θ ← θ - γ M⁻¹ g, this is an extended Kalman filter
+    for a constant parameter with forgetting γ, in which the step size *is* the decay
+    of the metric; chain with a learning rate for that (see the example). A filter
+    needs a prior: with one, M begins as ``prior`` times the identity with the weight
+    of 1 / γ gradients, so that γₜ = γ, and the parameters have at first the variance
+    γ / ``prior`` around where they start. Without one the first step of a filter is as
+    large as 1 / |g|.
 
     Deterministic. Cost: O(P) time, 2 P memory. Works under ``jit``, ``vmap``, ``scan``
     and in all AD modes.
@@ -128,13 +133,17 @@ def scale_by_quasi_diagonal(
       include_current: whether M contains the gradient it is applied to. With it, steps
         are bounded; without, the direction is M⁻¹ of the past times g, so that its
         conditional mean is M⁻¹ times the mean of g.
+      prior: positive, in units of squared gradients: what M is before any gradient.
+        For parameters that are right to within σ take γ / σ². None: M is the plain
+        mean of the first gradients, which suits a step size of its own.
 
     Returns:
       An ``optax.GradientTransformation``; its state is a ``QuasiDiagonalState``.
 
     Raises:
-      ValueError: ``decay`` or ``damping`` out of range; from ``init``, if ``rows`` does
-        not use every number exactly once, as far as it can be run on numbers there.
+      ValueError: ``decay``, ``damping`` or ``prior`` out of range; from ``init``, if
+        ``rows`` does not use every number exactly once, as far as it can be run on
+        numbers there.
 
     Example:
       >>> import jax.numpy as jnp
@@ -143,8 +152,8 @@ def scale_by_quasi_diagonal(
       >>> params = {"W": jnp.ones((2, 3)), "b": jnp.ones(2)}
       >>> rows = lambda p: jnp.concatenate([p["b"][:, None], p["W"]], axis=1)
       >>> kalman = optax.chain(
-      ...     online.scale_by_quasi_diagonal(0.01, rows),
-      ...     optax.scale_by_learning_rate(lambda t: jnp.maximum(0.01, 1 / (t + 1))),
+      ...     online.scale_by_quasi_diagonal(0.01, rows, prior=1.0),
+      ...     optax.scale_by_learning_rate(0.01),
       ... )
       >>> updates, _ = kalman.update(params, kalman.init(params))
       >>> updates["W"].shape
@@ -155,32 +164,41 @@ def scale_by_quasi_diagonal(
       https://arxiv.org/abs/1703.00209. The quasi-diagonal inverse as in the public
       code clementfarabet/lua---nnx, ``QDRiemaNNLinear.lua``.
     """
-    check_filter(decay, damping)
+    check_filter(decay, damping, prior)
 
     def init(params: PyTree) -> QuasiDiagonalState:
         check_rows(rows, params)
-        return empty(rows, params)
+        return empty(rows, params, prior)
 
     def update(
         updates: PyTree, state: PyTree, params: PyTree = None
     ) -> tuple[PyTree, QuasiDiagonalState]:
         del params
-        learnt = learn(decay, rows, state, updates)
+        learnt = learn(decay, rows, state, updates, prior)
         used = learnt if include_current else state
         return apply_inverse(rows, used.metric, updates, damping), learnt
 
     return optax.GradientTransformation(init, update)
 
 
-def check_filter(decay: object, damping: object) -> None:
-    """Raises ValueError unless both are Python numbers in their ranges."""
+def check_filter(decay: object, damping: object, prior: object) -> None:
+    """Raises ValueError unless they are Python numbers in their ranges."""
     check_positive("decay", decay, most=1)
     check_positive("damping", damping)
+    if prior is not None:
+        check_positive("prior", prior)
 
 
-def empty(rows: Rows | None, params: PyTree) -> QuasiDiagonalState:
-    """A metric that has seen nothing."""
-    metric = jax.tree.map(lambda m: outer(jnp.zeros_like(m)), _arrange(rows, params))
+def empty(rows: Rows | None, params: PyTree, prior: float | None) -> QuasiDiagonalState:
+    """A metric that has seen nothing: ``prior`` times the identity, or zero."""
+
+    def start(matrix: jax.Array) -> QuasiDiagonal:
+        squares = jnp.full_like(matrix, prior or 0.0)
+        return QuasiDiagonal(
+            squares[:, 0], jnp.zeros_like(matrix[:, 1:]), squares[:, 1:]
+        )
+
+    metric = jax.tree.map(start, arrange(rows, params))
     return QuasiDiagonalState(jnp.zeros((), jnp.int32), metric)
 
 
@@ -190,11 +208,17 @@ def newest_share(decay: float, count: jax.Array) -> jax.Array:
 
 
 def learn(
-    decay: float, rows: Rows | None, state: QuasiDiagonalState, tree: PyTree
+    decay: float,
+    rows: Rows | None,
+    state: QuasiDiagonalState,
+    tree: PyTree,
+    prior: float | None,
 ) -> QuasiDiagonalState:
     """Mixes the outer products of the gradient ``tree`` into the metric."""
-    gamma = newest_share(decay, state.count)
-    new = jax.tree.map(outer, _arrange(rows, tree))
+    # A prior stands for 1 / γ gradients: the share is γ from the beginning.
+    known_before = prior is not None
+    gamma = jnp.asarray(decay) if known_before else newest_share(decay, state.count)
+    new = jax.tree.map(outer, arrange(rows, tree))
     known = all_finite(new)
     mix = lambda old, new: old + gamma.astype(old.dtype) * (new - old)
     metric = jax.tree.map(
@@ -213,7 +237,7 @@ def apply_inverse(
     rows: Rows | None, metric: PyTree, tree: PyTree, damping: float
 ) -> PyTree:
     """(M + damping)⁻¹ times ``tree``."""
-    matrices, back = jax.vjp(lambda t: _arrange(rows, t), tree)
+    matrices, back = jax.vjp(lambda t: arrange(rows, t), tree)
     solved = jax.tree.map(lambda g, m: solve(m, g, damping), matrices, metric)
     # A rearrangement is orthogonal: its transpose is its inverse.
     (result,) = back(solved)
@@ -228,7 +252,7 @@ def whitening(
     maps = [whiten(m, damping) for m in jax.tree.leaves(metric, is_leaf=is_metric)]
 
     def white(tree: PyTree) -> PyTree:
-        matrices = jax.tree.leaves(_arrange(rows, tree))
+        matrices = jax.tree.leaves(arrange(rows, tree))
         return [one(g) for one, g in zip(maps, matrices, strict=True)]
 
     return white
@@ -249,7 +273,7 @@ def check_rows(rows: Rows | None, params: PyTree) -> None:
             jnp.arange(first, first + size).reshape(np.shape(leaf))
             for first, size, leaf in zip(starts, sizes, leaves, strict=False)
         ]
-        matrices = jax.tree.leaves(_arrange(rows, structure.unflatten(places)))
+        matrices = jax.tree.leaves(arrange(rows, structure.unflatten(places)))
     if any(isinstance(m, jax.core.Tracer) for m in matrices):
         return  # it uses what is not known yet
     used = np.concatenate([np.ravel(m) for m in matrices]).astype(np.int64)
@@ -265,7 +289,7 @@ def check_rows(rows: Rows | None, params: PyTree) -> None:
             )
 
 
-def _arrange(rows: Rows | None, tree: PyTree) -> PyTree:
+def arrange(rows: Rows | None, tree: PyTree) -> PyTree:
     """The matrices of ``rows``, checked; without it a matrix of one column a leaf."""
     if rows is None:
         return jax.tree.map(lambda leaf: jnp.reshape(leaf, (-1, 1)), tree)

@@ -1,5 +1,7 @@
 """Cells ready to use: each against its equations in NumPy, and under the estimators."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ UNITS, INPUTS = 3, 2
 MAKERS = {
     "vanilla": cells.vanilla,
     "leaky": cells.leaky,
+    "lif": partial(cells.lif, leak=0.2, adaptation=0.5, adaptation_leak=0.3),
     "gru": cells.gru,
     "lstm": cells.lstm,
     "lru": cells.lru,
@@ -33,6 +36,13 @@ def by_hand(name, p, x, h):
     if name in ("vanilla", "leaky"):
         new = np.tanh(p["W"] @ h + p["U"] @ x + p["b"])
         return new if name == "vanilla" else 0.9 * h + 0.1 * new
+    if name == "lif":
+        drive = p["W"] @ h["spikes"] + p["U"] @ x + p["b"]
+        v = 0.8 * h["voltage"] + drive - h["spikes"]
+        a = 0.7 * h["adaptation"] + h["spikes"]
+        z = 1.0 * (v > 1 + 0.5 * a)
+        trace = 0.9 * h["trace"] + z
+        return {"spikes": z, "trace": trace, "voltage": v, "adaptation": a}
     if name == "gru":
         reset, update = sigmoid(gate(0, h)), sigmoid(gate(1, h))
         new = np.tanh(reset * (p["W"][2] @ h) + p["U"][2] @ x + p["b"][2])
@@ -154,13 +164,16 @@ def test_a_modulus_of_zero_is_finite():
 
 
 def test_wrong_options_are_named():
-    """Sizes, leak, moduli."""
+    """Sizes, leaks, thresholds, moduli."""
     with pytest.raises(ValueError, match="`units` must be"):
         cells.vanilla(0, 2)
     with pytest.raises(ValueError, match="`input_size` must be"):
         cells.lstm(2, 1.5)
     with pytest.raises(ValueError, match="`leak` must be"):
         cells.leaky(2, 2, leak=0.0)
+    for name in ("trace_leak", "threshold", "adaptation", "dampening"):
+        with pytest.raises(ValueError, match=f"`{name}` must be"):
+            cells.lif(2, 2, **{name: -0.1})
     with pytest.raises(ValueError, match=r"0 <= r_min < r_max < 1.*0.9 and 0.5"):
         cells.lru(2, 2, r_min=0.9, r_max=0.5)
     with pytest.raises(ValueError, match="`max_phase` must be"):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rbpjax import online
-from tests.support.online import lstm, min_gru, run, signs_like, vanilla
+from tests.support.online import lstm, min_gru, run, signs_like, unit_rows, vanilla
 
 TIGHT = dict(rtol=1e-12, atol=1e-12)
 
@@ -18,6 +18,7 @@ STREAMING = {
     "rtrl": online.rtrl,
     "uoro": online.uoro,
     "nobacktrack": online.nobacktrack,
+    "nobacktrack_rows": lambda f, loss: online.nobacktrack(f, loss, rows=unit_rows),
     "kalman_nobacktrack": lambda f, loss: online.kalman_nobacktrack(f, loss, decay=0.1),
     "kf_rtrl": online.kf_rtrl,
     "ok_rtrl": lambda f, loss: online.ok_rtrl(f, loss, rank=2),

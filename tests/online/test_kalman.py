@@ -1,5 +1,7 @@
 """The Kalman variant of NoBackTrack against its two parts."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 
 from rbpjax import online
-from tests.support.online import exact_run, run, signs_like, vanilla
+from tests.support.online import exact_run, run, signs_like, unit_rows, vanilla
 
 
 def rows_of(params):
@@ -69,3 +71,45 @@ def test_metric_of_the_past_leaves_the_last_gradient_alone():
     _, exact = exact_run(system)
     scaled = jax.tree.map(lambda g: g / 0.05, exact.grads)
     chex.assert_trees_all_close(out.grads, scaled, rtol=1e-11)
+
+
+@pytest.mark.full
+def test_with_a_prior_the_recipe_learns_and_without_it_spoils_the_network():
+    """A teacher is followed, step size = decay; three seeds of the signs.
+
+    The weights are right to within about 0.3: prior = decay / 0.3². Guessing zero costs
+    the mean square of what the teacher says.
+    """
+    system, decay, steps = vanilla(n=3), 3e-4, 6_000
+    xs = jax.random.normal(jax.random.key(0), (steps, 2))
+    teach = lambda h, x: (system.f(system.params, x, h),) * 2
+    ys = jax.lax.scan(teach, system.h0, xs)[1] @ system.params["C"].T
+    loss = lambda p, h, y: jnp.sum((p["C"] @ h - y) ** 2)
+    moved = jax.random.normal(jax.random.key(1), (24,))
+    flat, unravel = jax.flatten_util.ravel_pytree(system.params)
+    start = unravel(flat + 0.3 * moved)
+
+    @partial(jax.jit, static_argnums=0)
+    def losses(prior, key):
+        est = online.kalman_nobacktrack(
+            system.f, loss, decay=decay, rows=unit_rows, own_rows=True, prior=prior
+        )
+        rate = lambda t: decay if prior else jnp.maximum(decay, 1 / (t + 1))
+
+        def body(state, xyt):
+            params, carry, key = state
+            key, signs = jax.random.split(key)
+            noise = est.noise(signs, carry)
+            carry, out = est.step(params, carry, *xyt[:2], noise)
+            move = lambda p, g: p - rate(xyt[2]) * g
+            return (jax.tree.map(move, params, out.grads), carry, key), out.loss
+
+        state = start, est.init(start, system.h0), key
+        return jax.lax.scan(body, state, (xs, ys, jnp.arange(steps)))[1]
+
+    for seed in range(3):
+        with_prior = losses(decay / 0.3**2, jax.random.key(seed))
+        without = losses(None, jax.random.key(seed))
+        last = jnp.mean(with_prior[-1000:])
+        assert last < 0.3 * jnp.mean(with_prior[:100])
+        assert jnp.mean(without[-1000:]) > 3 * last

@@ -73,6 +73,31 @@ def test_decay_one_over_t_is_recursive_least_squares():
     chex.assert_trees_all_close(theta[0], exact, rtol=1e-6)
 
 
+def test_with_a_prior_the_recipe_is_the_kalman_filter():
+    """Step size = decay on a linear model: weighted least squares around the start.
+
+    With λ = 1 - γ it minimizes Σₛ λᵗ⁻ˢ (yₛ - θ·xₛ)² + λᵗ (prior / γ) ‖θ - θ₀‖². The
+    metric learns xₛ, whose outer product is the curvature of the loss.
+    """
+    gamma, prior, start = 0.05, 0.3, np.array([[2.0, -1.0]])
+    x = np.stack([np.ones(30), draws(30)], 1)
+    y = x @ np.array([0.7, -1.3]) + 0.3 * draws(30, seed=1)
+    transform = online.scale_by_quasi_diagonal(
+        gamma, lambda p: p, damping=1e-14, prior=prior
+    )
+    update = jax.jit(lambda g, state: transform.update(g, state))
+    theta, state = start, transform.init(start)
+    for t in range(30):
+        direction, state = update(x[t : t + 1], state)
+        theta = theta - gamma * (theta[0] @ x[t] - y[t]) * np.asarray(direction)
+    weights = (1 - gamma) ** np.arange(29, -1, -1)
+    before = (1 - gamma) ** 30 * prior / gamma
+    normal = np.einsum("t,ti,tj->ij", weights, x, x) + before * np.eye(2)
+    exact = np.linalg.solve(normal, (weights * y) @ x + before * start[0])
+    # The damping is 1e-13 of the prior; a step is backward stable at condition 10.
+    chex.assert_trees_all_close(theta[0], exact, rtol=1e-11)
+
+
 def test_diagonal_without_rows_is_the_running_mean_square():
     """Every number alone: g / (mean g² + damping), mean over 1/(t+1) at first."""
     transform = online.scale_by_quasi_diagonal(0.01, damping=1e-3)
@@ -103,6 +128,7 @@ def test_forgetting_has_a_floor():
         ({"decay": 0.0}, r"decay.*\(0, 1"),
         ({"decay": 1.5}, "decay"),
         ({"decay": 0.1, "damping": 0}, "damping"),
+        ({"decay": 0.1, "prior": 0.0}, "prior"),
         ({"decay": True}, "Python number"),
         ({"decay": np.array(0.1)}, "Python number"),
     ],

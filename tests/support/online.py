@@ -1,5 +1,6 @@
 """Recurrent systems for the tests: no symmetric map, readout and cell share params."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -74,6 +75,24 @@ def leaky(n=3, steps=12, seed=1, recurrent=1.0):
 
 
 @cache
+def spiking(n=3, steps=12, seed=1, recurrent=1.0, adaptation=0.0):
+    """Integrate-and-fire units that spike; the loss sees traces and voltages."""
+    system = vanilla(n, steps, seed)
+    made = online.cells.lif(n, 2, leak=0.2, adaptation=adaptation)
+    kernel = made.cell.kernel
+    cell = dataclasses.replace(
+        made.cell, kernel=lambda p: kernel(p | {"W": recurrent * p["W"]})
+    )
+
+    def loss(p, h, y):
+        error = p["C"] @ h["trace"] - y
+        return jnp.sum(error**2) + 0.1 * jnp.sum(jnp.sin(p["W"])) * h["voltage"][0]
+
+    params = system.params | {"b": system.params["b"] + 0.5}  # some drive
+    return system._replace(f=cell, loss=loss, params=params, h0=made.h0)
+
+
+@cache
 def lstm(n=2, steps=12, seed=2):
     rng = np.random.default_rng(seed)
     params = {
@@ -140,6 +159,12 @@ def gru_after(n=2, steps=12, seed=4):
         activate=activate,
     )
     return system._replace(f=cell)
+
+
+def unit_rows(params):
+    """The parameters of these systems by units, gate after gate, biases first."""
+    own = jnp.concatenate([params["b"][..., None], params["W"], params["U"]], -1)
+    return [own.reshape(-1, own.shape[-1]), params["C"]]
 
 
 def signs_like(est, system, *lead, seed=7):
