@@ -391,17 +391,19 @@ def _kernel_cost(cost: Result) -> Found:
 
 
 def _tasks(copying: Result, adding: Result) -> Found:
-    ours, lstm = (copying["networks"][name] for name in ("linear", "lstm"))
     end = lambda network, key: [row[-1] for row in network[key]]
+    networks = copying["networks"]
+    loss = {name: mean_std(end(networks[name], "loss")) for name in networks}
+    recalled = {name: end(networks[name], "accuracy") for name in networks}
     mixed = end(adding["networks"]["mixed"], "loss")
-    long = adding["options"]["long"]
     return Found(
-        f"copying at delay {copying['options']['long_delay']:,}: loss "
-        f"{mean_std(end(ours, 'loss'))}, {min(end(ours, 'accuracy')):.0%} of the symbols "
-        f"(memoryless {copying['memoryless']:.3f}, LSTM {mean_std(end(lstm, 'loss'))}, "
-        f"{max(end(lstm, 'accuracy')):.0%}); adding at T = {long}: {mean_std(mixed)} with "
-        f"forgetting units beside, memoryless {adding['memoryless']:.3f}",
-        _verdict(min(end(ours, "accuracy")) > 0.99, max(mixed) < 0.01),
+        f"copying at delay {copying['options']['long_delay']:,}: "
+        f"{min(recalled['linear']):.0%} of the symbols, loss {loss['linear']}; LSTM "
+        f"{max(recalled['lstm']):.0%}, {loss['lstm']}; memoryless loss "
+        f"{copying['memoryless']:.3f}. Adding at T = {adding['options']['long']}: loss "
+        f"{mean_std(mixed)} with forgetting units beside, memoryless "
+        f"{adding['memoryless']:.3f}",
+        _verdict(min(recalled["linear"]) > 0.99, max(mixed) < 0.01),
         "Two seeds. Budgets of the networks differ: see the page.",
     )
 
