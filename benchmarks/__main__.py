@@ -17,6 +17,7 @@ from benchmarks.harness.experiment import Experiment
 from benchmarks.harness.options import UsageError, check, require
 from benchmarks.hopfield.experiment import Hopfield
 from benchmarks.hyperopt.experiment import Hyperopt
+from benchmarks.modern.experiment import Modern
 from benchmarks.online.copying import OnlineCopying
 from benchmarks.online.experiment import Online
 from benchmarks.perturb.experiment import Perturb
@@ -38,6 +39,7 @@ EXPERIMENTS: tuple[type[Experiment], ...] = (
     Hopfield,
     Hyperopt,
     Kills,
+    Modern,
     Modes,
     Online,
     OnlineCopying,
