@@ -44,6 +44,7 @@ LONG = (
     "tests/benchmarks/comparison",
     "tests/benchmarks/hopfield",
     "tests/benchmarks/hyperopt",
+    "tests/benchmarks/modern",
     "tests/benchmarks/online/test_copying.py",
     "tests/benchmarks/perturb",
     "tests/benchmarks/rooms",

@@ -18,6 +18,7 @@ from benchmarks.harness.experiment import Experiment
 from benchmarks.harness.options import UsageError, check, require
 from benchmarks.hopfield.experiment import Hopfield
 from benchmarks.hyperopt.experiment import Hyperopt
+from benchmarks.modern.experiment import Modern
 from benchmarks.online.copying import OnlineCopying
 from benchmarks.online.experiment import Online
 from benchmarks.perturb.experiment import Perturb
@@ -39,6 +40,7 @@ EXPERIMENTS: tuple[type[Experiment], ...] = (
     Hopfield,
     Hyperopt,
     Kills,
+    Modern,
     Modes,
     Online,
     OnlineCopying,

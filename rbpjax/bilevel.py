@@ -159,6 +159,7 @@ def soba(
     outer_optimizer: optax.GradientTransformation,
     inner_optimizer: optax.GradientTransformation,
     adjoint_optimizer: optax.GradientTransformation | None = None,
+    inner_steps: int = 1,
 ) -> BilevelDescent:
     """Stochastic bilevel descent in a single loop: inner, adjoint and outer together.
 
@@ -179,8 +180,14 @@ def soba(
     the outer step should be the slowest. Step sizes of weights and adjoint must suit
     the largest eigenvalue of ∇²_ww G.
 
+    With ``inner_steps`` of K, weights and adjoint take K - 1 steps alone, with the same
+    inputs, before the step of all three. The hypergradient is the less behind the more
+    of them, and for K → ∞ that of the minimum, for the inputs given (AmIGO, whose inner
+    steps draw batches anew, and which moves the weights before the adjoint).
+
     Cost of a step: the gradients of both losses, and one product with the second
-    derivatives of the inner loss, from one linearization of its gradient. Memory:
+    derivatives of the inner loss, from one linearization of its gradient, times
+    ``inner_steps``. Memory:
     weights, adjoint, and the optimizers' states; nothing grows with steps. AD modes:
     those of twice differentiable losses.
 
@@ -191,13 +198,15 @@ def soba(
       inner_optimizer: that for the inner variable, the weights.
       adjoint_optimizer: that for the adjoint; that of the weights if ``None``, as in
         the paper.
+      inner_steps: K, how many steps of weights and adjoint make one of the params.
 
     Returns:
       A ``BilevelDescent``: ``init``, ``directions`` and ``update``, of pytrees. Inputs
       are what the losses take; draw those of the two anew for each step.
 
     Raises:
-      ValueError: if a loss is not callable or an optimizer no optax transformation.
+      ValueError: if a loss is not callable, an optimizer no optax transformation, or
+        ``inner_steps`` no positive int.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -216,10 +225,18 @@ def soba(
     References:
       Dagréou et al., "A framework for bilevel optimization that enables stochastic and
       global variance reduction algorithms", NeurIPS 2022, equations 5 to 8 (SOBA),
-      https://arxiv.org/abs/2201.13409.
+      https://arxiv.org/abs/2201.13409. Arbel and Mairal, "Amortized Implicit
+      Differentiation for Stochastic Bilevel Optimization", ICLR 2022, algorithm 1
+      (AmIGO), https://arxiv.org/abs/2111.14580.
     """
     import optax  # half of a second, which ``import rbpjax`` need not take
 
+    is_count = isinstance(inner_steps, int) and not isinstance(inner_steps, bool)
+    if not is_count or inner_steps < 1:
+        raise ValueError(
+            "soba: `inner_steps` must be a Python int of at least 1, a number of steps "
+            f"of the weights for each one of the params; got {inner_steps!r}."
+        )
     for name, loss in (("inner", inner), ("outer", outer)):
         if not callable(loss):
             raise ValueError(
@@ -258,15 +275,25 @@ def soba(
         less = lambda a, b: jax.tree.map(jnp.subtract, a, b)
         return BilevelDirections(less(of_p, cross), of_w, less(curved, g))
 
+    def moved(
+        state: BilevelState, inner_inputs: PyTree, outer_inputs: PyTree, *names: str
+    ) -> BilevelState:
+        """One step of these, all by the directions at the same point."""
+        moves = directions(state, inner_inputs, outer_inputs)._asdict()
+        made = {}
+        for name in names:
+            value, kept = getattr(state, name), getattr(state, f"{name}_state")
+            step, moments = optimizers[name].update(moves[name], kept, value)
+            made |= {name: optax.apply_updates(value, step), f"{name}_state": moments}
+        return state._replace(**made)
+
     def update(
         state: BilevelState, inner_inputs: PyTree, outer_inputs: PyTree
     ) -> BilevelState:
-        moves = directions(state, inner_inputs, outer_inputs)._asdict()
-        made = {}
-        for name, optimizer in optimizers.items():
-            value, kept = getattr(state, name), getattr(state, f"{name}_state")
-            step, made[f"{name}_state"] = optimizer.update(moves[name], kept, value)
-            made[name] = optax.apply_updates(value, step)
-        return BilevelState(**made)
+        given = inner_inputs, outer_inputs
+        if inner_steps > 1:
+            alone = lambda _, state: moved(state, *given, "weights", "adjoint")
+            state = jax.lax.fori_loop(0, inner_steps - 1, alone, state)
+        return moved(state, *given, *optimizers)
 
     return BilevelDescent(init, directions, update)

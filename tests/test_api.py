@@ -88,6 +88,48 @@ def test_all_is_complete_and_sorted(name):
         assert visible <= set(module.__all__)
 
 
+# Public names of the rooms that are no method: types, records, helpers.
+NOT_METHODS = set(
+    """
+    AdjointReport BackwardRule BilevelDescent BilevelDirections BilevelState
+    EquilibriumEstimate ForwardSolver Solution Solve Status StepFn diagnose
+    value_and_grad_with_report
+    Carry ElementwiseCell Estimator LayeredCell OnlineOutput PreactivationCell
+    rank_one
+    Advice Evolution EvolutionCarry EvolutionOutput Nodes Trajectory unroll
+    CellParams CellWeights DenseParams FourierKernel HistoryReport MixedParams
+    MixedState MixedWeights
+    """.split()
+)
+
+
+def test_every_method_has_its_row():
+    """docs/methods.md has each estimator, rule, solver and history, and no more."""
+    page = (ROOT / "docs" / "methods.md").read_text()
+    found = set()
+    for line in page.splitlines():
+        if line.startswith("| `"):
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            assert len(cells) == 5 and all(cells), line
+            found |= {n.split(".")[-1] for n in re.findall(r"`([\w.]+)`", cells[0])}
+    rooms = (rbpjax, online, rbpjax.perturb, rbpjax.unitary, rbpjax.unitary.history)
+    public = {
+        name: getattr(room, name)
+        for room in rooms
+        for name in room.__all__
+        if not inspect.ismodule(getattr(room, name))
+    }
+    assert found == public.keys() - NOT_METHODS
+    # The list cannot leave out rules, nor what makes an estimator or a solver.
+    for name in NOT_METHODS & public.keys():
+        value = public[name]
+        rule = any(value is s for s in STRATEGIES.values())
+        assert not rule or name.endswith("Cell"), name
+        if inspect.isfunction(value):
+            made = str(inspect.signature(value).return_annotation)
+            assert made not in ("Estimator", "Evolution", "Solve"), name
+
+
 @cache
 def source(name: str) -> ast.AST:
     return ast.parse(textwrap.dedent(inspect.getsource(OBJECTS[name])))

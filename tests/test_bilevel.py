@@ -269,6 +269,32 @@ def test_whole_batches_converge_to_the_closed_form():
     assert_close(direction.params, jax.jit(jax.grad(value))(state.params), 1e-8)
 
 
+def test_inner_steps():
+    """K of them are K - 1 with the params held, and a step; many, the hypergradient."""
+    make = lambda outer_rate, **options: soba(
+        inner,
+        outer,
+        outer_optimizer=optax.sgd(outer_rate),
+        inner_optimizer=optax.sgd(0.2, 0.3),  # with a state to keep
+        **options,
+    )
+    p = {"c": jnp.array([1.0, -2.0, 0.5])}
+    first = make(0.1).init(p, jnp.ones(N))
+    held = make(0.0).update(make(0.0).update(first, INPUTS, TARGET), INPUTS, TARGET)
+    want = make(0.1).update(held, INPUTS, TARGET)
+    got = make(0.1, inner_steps=3).update(first, INPUTS, TARGET)
+    chex.assert_trees_all_close(got, want, rtol=1e-13)
+    chex.assert_trees_all_equal(
+        make(0.1, inner_steps=1).update(first, INPUTS, TARGET),
+        make(0.1).update(first, INPUTS, TARGET),
+    )
+    # Eigenvalues from 0.5: heavy ball leaves far less than 0.9 a step, e⁻³¹ of 300.
+    many = jax.jit(make(0.1, inner_steps=300).update)(first, INPUTS, TARGET)
+    weights = jnp.linalg.solve(A, B + CROSS @ p["c"])
+    adjoint = jnp.linalg.solve(A, weights - TARGET)
+    assert_close((p["c"] - many.params["c"]) / 0.1, p["c"] + CROSS.T @ adjoint, 1e-10)
+
+
 def batches():
     """Five of the inner loss, three of the outer; their means are the whole."""
     noise = _random.normal(size=(5, N, N)) * 0.05
@@ -320,6 +346,8 @@ def test_batches_with_falling_steps_come_near():
     [
         ({"inner": 3}, r"`inner`.*inner\(params, inputs, weights\).*got 3"),
         ({"inner_optimizer": 0.1}, r"`inner_optimizer`.*optax.sgd.*got 0.1"),
+        ({"inner_steps": 0}, r"`inner_steps`.*at least 1.*got 0"),
+        ({"inner_steps": 2.0}, r"`inner_steps`.*int.*got 2.0"),
     ],
 )
 def test_what_is_no_loss_or_optimizer_is_refused(change, words):

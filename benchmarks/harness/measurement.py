@@ -17,7 +17,9 @@ def temporary_bytes(function: Callable, *args: Any) -> int:
 
 
 def interleaved_times(
-    calls: Mapping[str, Callable[[], Any]], repetitions: int
+    calls: Mapping[str, Callable[[], Any]],
+    repetitions: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Wall-clock seconds of each call, taking turns so that noise hits all alike.
 
@@ -30,10 +32,17 @@ def interleaved_times(
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repetitions):
         for name in random.permutation(list(calls)).tolist():
-            start = time.perf_counter()
+            start = clock()
             jax.block_until_ready(calls[name]())
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return times
+
+
+def core_times(
+    calls: Mapping[str, Callable[[], Any]], repetitions: int
+) -> dict[str, list[float]]:
+    """The same in seconds of all cores together, for a machine that is not idle."""
+    return interleaved_times(calls, repetitions, time.process_time)
 
 
 def spread(times: Sequence[float]) -> dict[str, float]:

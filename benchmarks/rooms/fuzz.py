@@ -23,9 +23,10 @@ from benchmarks.harness.progress import say
 from benchmarks.harness.results import record, write_json
 from benchmarks.harness.tables import table
 from benchmarks.harness.training import train
-from benchmarks.rooms import others, paper_code, streaming
+from benchmarks.rooms import newer, others, paper_code, streaming
 
-KINDS = {**streaming.KINDS, **others.KINDS, **paper_code.KINDS}
+KINDS = {**streaming.KINDS, **others.KINDS, **paper_code.KINDS, **newer.KINDS}
+ENUMERATED = 4  # kinds whose groups are smaller, as all signs are run
 
 
 class Outcome(NamedTuple):
@@ -80,7 +81,7 @@ class FuzzRooms:
     def run(self) -> dict[str, Any]:
         """Writes ``results/fuzz-rooms.json`` and prints a row a kind."""
         few = min(self.group, 100)
-        a_round = self.group * (len(KINDS) - 2) + 2 * few
+        a_round = self.group * (len(KINDS) - ENUMERATED) + ENUMERATED * few
         groups = len(KINDS) * -(-self.cases // a_round)
         options = dataclasses.asdict(self) | {"fresh": None}
         checkpoints = Checkpoints("fuzz-rooms", options, self.fresh)

@@ -108,7 +108,7 @@ def _moved(
     step: ClosedStep, num_steps: int, damping: float, args: PyTree, h: PyTree
 ) -> Solution:
     """After so many damped steps from h."""
-    once = channels_last(partial(step, args), h)
+    once = channels_last(partial(step, args), h, differentiated=True)
 
     def body(h: PyTree, _: None) -> tuple[PyTree, None]:
         image = once(h)

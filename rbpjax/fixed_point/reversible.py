@@ -252,7 +252,9 @@ def _last_fwd(plan, args, rest, h0, probe):
 def _last_bwd(plan, saved, g):
     args, rest, h0, probe, anchors, end = saved
     wide = jax.tree.map(tree.widen, g)
-    apply = lambda args, h: _apply(plan, merge(args, rest), h0, h)
+    image_of = lambda both: _apply(plan, merge(both[0], rest), h0, both[1])
+    ordered = channels_last(image_of, (args, end.z), differentiated=True)
+    apply = lambda args, h: ordered((args, h))
 
     def undo(now: _Back, _: None) -> tuple[_Back, None]:
         """One step back."""

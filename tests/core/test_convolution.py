@@ -83,10 +83,61 @@ def test_the_map_and_its_transpose_are_the_same(name):
     chex.assert_trees_all_close(again(x)[0], conv(x), atol=1e-13)
 
 
+@pytest.mark.parametrize(
+    "name", rows(CONVOLUTIONS.keys(), ("mixed", "dilated", "groups"))
+)
+def test_derivatives_of_a_differentiated_convolution(name):
+    """Gradient, its gradient, the tangent and that of the gradient: plain autodiff's.
+
+    With respect to image and kernel, both inside the function.
+    """
+    image, kernel, numbers, options = CONVOLUTIONS[name]
+    at = normal(0, *image), normal(1, *kernel)
+    along = normal(2, *image), normal(3, *kernel)
+    options = {"window_strides": (1,) * (len(image) - 2), "padding": "SAME"} | options
+    # Bent, so that the second derivatives have all their parts.
+    f = lambda pair: jnp.sin(
+        lax.conv_general_dilated(*pair, dimension_numbers=numbers, **options)
+    )
+
+    @partial(jax.jit, static_argnums=0)
+    def derivatives(f):
+        grad = jax.grad(lambda pair: jnp.sum(f(pair) ** 2))
+        half = lambda pair: sum(jnp.sum(u**2) for u in grad(pair)) / 2
+        tangents = [jax.jvp(g, (at,), (along,)) for g in (f, grad)]
+        return grad(at), jax.grad(half)(at), tangents
+
+    fast = channels_last(f, at, differentiated=True)
+    # Sums of at most 2·7·6·5 products, those of second order of the square: up to 1e4,
+    # with a few hundred roundings of 1e-16 each.
+    chex.assert_trees_all_close(
+        derivatives(fast), derivatives(f), rtol=1e-11, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("at", [0, 1], ids=["image", "kernel"])
+def test_derivatives_with_respect_to_one_of_the_two(at):
+    """What has no tangent is left out, and does not spoil the other."""
+    image, kernel, numbers, _ = CONVOLUTIONS["mixed"]
+    pair = [normal(0, *image), normal(1, *kernel)]
+
+    def f(x):
+        both = [*pair[:at], x, *pair[at + 1 :]]
+        return lax.conv_general_dilated(
+            *both, (1, 1), "SAME", dimension_numbers=numbers
+        )
+
+    fast = channels_last(f, pair[at], differentiated=True)
+    grad = lambda f: jax.grad(lambda x: jnp.sum(jnp.sin(f(x))))(pair[at])
+    got, want = grad(fast), grad(f)
+    chex.assert_trees_all_close(got, want, atol=1e-12)  # 1e4 roundings of O(1)
+
+
 def test_what_has_nothing_to_reorder_is_left_as_it_is():
     """No convolution, or one in order already: the very same function."""
     dense = lambda h: jnp.tanh(h @ h.T)
     assert channels_last(dense, jnp.ones((2, 2))) is dense
+    assert channels_last(dense, jnp.ones((2, 2)), differentiated=True) is dense
     conv = lambda h: lax.conv_general_dilated(
         h, jnp.ones((3, 3, 2, 2)), (1, 1), "SAME", dimension_numbers=ORDERS["last"]
     )
@@ -194,9 +245,56 @@ def test_loops_convolve_every_kind_in_the_fast_order(kind, order):
     assert_fast(kind, order, Neumann())
 
 
+DIFFERENTIATED = {
+    "bptt": lambda f: rbpjax.bptt(f, 7),
+    "remat": lambda f: rbpjax.bptt(f, 7, remat=3),
+    "truncated": lambda f: rbpjax.bptt(f, 7, truncation=3),
+    "phantom": lambda f: rbpjax.unrolled_phantom(f, 4),
+    "reversible": lambda f: rbpjax.reversible(f, 7, anchors=2),
+}
+
+
+@pytest.mark.parametrize("name", rows(DIFFERENTIATED.keys(), ("remat", "reversible")))
+@pytest.mark.parametrize("order", rows(ORDERS.keys(), ("last",)))
+def test_loops_that_are_differentiated_convolve_in_the_fast_order(order, name):
+    """The gradients of kernels, and with the kernel, too."""
+    assert_loops_fast(DIFFERENTIATED[name], "plain", order)
+
+
+@pytest.mark.parametrize("name", rows(DIFFERENTIATED.keys(), ("bptt",)))
+def test_gradients_of_differentiated_loops(name):
+    """The same as with convolutions that no library function knows: by shifts."""
+    f, kernels, x = network("plain", "last")
+
+    def shifted(p, x, h):
+        """``network``'s map as sums of matrix products over the taps."""
+        for k, bend in zip(p, (jnp.tanh, lambda h: jnp.tanh(x + h)), strict=True):
+            k, wide = bounded(k, 0.8), jnp.pad(h, [(0, 0), (1, 1), (1, 1), (0, 0)])
+            n, m = h.shape[1:3]
+            h = sum(
+                wide[:, i : i + n, j : j + m] @ k[i, j]
+                for i in range(3)
+                for j in range(3)
+            )
+            h = bend(h)
+        return h
+
+    def gradients(step):
+        solve = DIFFERENTIATED[name](step)
+        loss = lambda p, x: jnp.sum(jnp.sin(solve(p, x, 0.3 * x).value))
+        return jax.jit(jax.grad(loss, (0, 1)))(kernels, x)
+
+    # 7 steps, sums of 36 products of O(1), 100 positions: 1e-11 is 1e5 roundings.
+    chex.assert_trees_all_close(gradients(f), gradients(shifted), atol=1e-11)
+
+
 def assert_fast(kind, order, rule):
+    assert_loops_fast(lambda f: rbpjax.rbp_solve(f, backward=rule), kind, order)
+
+
+def assert_loops_fast(make, kind, order):
     f, kernels, x = network(kind, order)
-    solve = rbpjax.rbp_solve(f, backward=rule)
+    solve = make(f)
     loss = lambda p, x: jnp.sum(jnp.sin(solve(p, x, jnp.zeros_like(x)).value))
     compiled = jax.jit(jax.grad(loss, (0, 1))).lower(kernels, x).compile()
     labels = [

@@ -63,6 +63,34 @@ def test_tbptt_is_the_loop_cut_by_stop_gradient(truncation):
         assert_close(bars[2], want[2], IDENTITY_RTOL)
 
 
+def test_convolutions_have_the_gradient_of_the_loop():
+    """Whose body is rewritten: the kernel's gradient too, and all else in f."""
+    key = jax.random.key(0)
+    kernel, x = jax.random.normal(key, (3, 4, 2)), jax.random.normal(key, (2, 7, 4))
+    params = {"down": kernel / 3, "up": kernel.transpose(0, 2, 1) / 3}
+
+    def f(params, x, h):
+        low = jnp.tanh(convolve(h, params["down"]))
+        return jnp.tanh(convolve(low, params["up"]) + x * h[:, :1])
+
+    def convolve(h, kernel):
+        numbers = ("NHC", "HIO", "NHC")
+        return jax.lax.conv_general_dilated(
+            h, kernel, (1,), "SAME", dimension_numbers=numbers
+        )
+
+    def loop(params, x):
+        h = 0.3 * x
+        for _ in range(T):
+            h = f(params, x, h)
+        return h
+
+    of = lambda run: jax.jit(jax.grad(lambda p, x: readout(run(p, x)), (0, 1)))
+    got = of(lambda p, x: rbpjax.bptt(f, T)(p, x, 0.3 * x).value)(params, x)
+    # T steps of sums of 12 products of O(1): some hundred roundings.
+    chex.assert_trees_all_close(got, of(loop)(params, x), rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.parametrize("remat", [False, True], ids=str)
 def test_forward_mode_goes_through_bptt(remat):
     """jacfwd and jacrev of the last state agree, and with the loop's."""

@@ -66,6 +66,13 @@ FORWARD: dict[str, Callable[[Random, float | None], Forward | None]] = {
 # Newer than some versions that may be compared.
 if hasattr(rbpjax, "Hybrid"):
     FORWARD["Hybrid"] = lambda _, tol: rbpjax.Hybrid(tol=tol, max_steps=300)
+if hasattr(rbpjax, "Broyden"):
+    for share in (False, True):
+        FORWARD["Broyden" + ", shared" * share] = lambda random, tol, share=share: (
+            rbpjax.Broyden(
+                tol=tol, max_steps=300, memory=int(random.integers(1, 13)), share=share
+            )
+        )
 
 BACKWARD: dict[str, Callable[[Random, float | None], Backward | None]] = {
     "default": lambda random, tol: None,
@@ -96,6 +103,12 @@ BACKWARD: dict[str, Callable[[Random, float | None], Backward | None]] = {
     ),
     "Direct": lambda _, tol: rbpjax.Direct(tol=tol),
 }
+
+if hasattr(rbpjax, "Phantom"):
+    BACKWARD["Phantom"] = lambda random, _: rbpjax.Phantom(
+        steps=int(random.integers(1, 100)), damping=float(random.uniform(0, 0.9))
+    )
+    BACKWARD["JFB"] = lambda *_: rbpjax.JFB()
 
 
 class Setting(NamedTuple):

@@ -37,7 +37,7 @@ class Fuzz:
     """Number of problems; rounded up to whole groups."""
     seed: Natural = 0
     """Of the generator."""
-    group: Count = 625
+    group: Count = 400
     """Problems that share a setting, and so a compilation."""
     threads: Count = 2
     """Groups that are at work at the same time."""

@@ -1,14 +1,17 @@
 """The fuzz of the rooms, run small; and that it would see what it looks for."""
 
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.rooms import fuzz, streaming
+import rbpjax
+from benchmarks.rooms import fuzz, newer, streaming
 from benchmarks.rooms.fuzz import FuzzRooms
+from rbpjax import online, perturb, unitary
 from rbpjax.online import balance
 
 
@@ -27,6 +30,50 @@ def test_wrong_and_not_finite_and_crashed_are_told_apart(monkeypatch):
     monkeypatch.setattr(fuzz, "KINDS", {"bad": bad, "crash": lambda *_: 1 / 0})
     assert fuzz.run_group(0, 0, 3)[:3] == (3, 2, np.inf)
     assert fuzz.run_group(0, 1, 3) == (0, 0, 0, 0, 1)
+
+
+def _half_damped(f, num_steps, *, damping, **options):
+    return rbpjax.reversible(f, num_steps, damping=damping / 2, **options)
+
+
+def _nearly_orthogonal(name):
+    return lambda w: 1.001 * getattr(unitary, name)(w)
+
+
+FAULTS = {
+    "streaming: sparse": (
+        "online",
+        {"snap": lambda cell, loss, **_: online.snap1(cell, loss)},
+    ),
+    "unitary: dense": (
+        "unitary",
+        {
+            name: _nearly_orthogonal(name)
+            for name in vars(unitary)
+            if name.startswith("orthogonal_")
+        },
+    ),
+    "perturbation: windows": (
+        "perturb",
+        dict.fromkeys(("pes", "nres"), perturb.truncated_es),
+    ),
+    "fixed point: reversible": ("rbpjax", {"reversible": _half_damped}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Some donated buffers")
+@pytest.mark.parametrize("kind", FAULTS)
+def test_another_method_in_its_place_would_be_seen(monkeypatch, kind):
+    """In one of three groups: some set-ups are alike for both."""
+    room, others = FAULTS[kind]
+    real = getattr(newer, room)
+    look = lambda: max(
+        newer.KINDS[kind](np.random.default_rng((7, i)), 5)[1].max() for i in range(3)
+    )
+    with jax.enable_x64(True):
+        assert look() <= 1
+        monkeypatch.setattr(newer, room, types.SimpleNamespace(**vars(real) | others))
+        assert look() > 1
 
 
 def test_a_constant_with_units_would_be_seen(monkeypatch):

@@ -1,0 +1,1 @@
+"""The newer gradients of fixed points, at equal budget."""
