@@ -44,7 +44,7 @@ LONG = (
     "tests/benchmarks/comparison",
     "tests/benchmarks/hopfield",
     "tests/benchmarks/hyperopt",
-    "tests/benchmarks/online/test_copying.py",
+    "tests/benchmarks/online",
     "tests/benchmarks/perturb",
     "tests/benchmarks/rooms",
     "tests/benchmarks/unitary",

@@ -18,6 +18,7 @@ from benchmarks.harness.options import UsageError, check, require
 from benchmarks.hopfield.experiment import Hopfield
 from benchmarks.hyperopt.experiment import Hyperopt
 from benchmarks.online.copying import OnlineCopying
+from benchmarks.online.digits import OnlineDigits
 from benchmarks.online.experiment import Online
 from benchmarks.perturb.experiment import Perturb
 from benchmarks.perturb.unrolls import PerturbUnrolls
@@ -41,6 +42,7 @@ EXPERIMENTS: tuple[type[Experiment], ...] = (
     Modes,
     Online,
     OnlineCopying,
+    OnlineDigits,
     Perturb,
     PerturbUnrolls,
     Rules,
