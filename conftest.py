@@ -45,7 +45,7 @@ LONG = (
     "tests/benchmarks/hopfield",
     "tests/benchmarks/hyperopt",
     "tests/benchmarks/modern",
-    "tests/benchmarks/online/test_copying.py",
+    "tests/benchmarks/online",
     "tests/benchmarks/perturb",
     "tests/benchmarks/rooms",
     "tests/benchmarks/unitary",

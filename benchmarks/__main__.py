@@ -20,6 +20,7 @@ from benchmarks.hopfield.experiment import Hopfield
 from benchmarks.hyperopt.experiment import Hyperopt
 from benchmarks.modern.experiment import Modern
 from benchmarks.online.copying import OnlineCopying
+from benchmarks.online.digits import OnlineDigits
 from benchmarks.online.experiment import Online
 from benchmarks.perturb.experiment import Perturb
 from benchmarks.perturb.unrolls import PerturbUnrolls
@@ -44,6 +45,7 @@ EXPERIMENTS: tuple[type[Experiment], ...] = (
     Modes,
     Online,
     OnlineCopying,
+    OnlineDigits,
     Perturb,
     PerturbUnrolls,
     Rules,

@@ -23,6 +23,7 @@ from benchmarks.hopfield import report as hopfield
 from benchmarks.hyperopt import experiment as hyperopt
 from benchmarks.modern import experiment as modern
 from benchmarks.online import copying
+from benchmarks.online import digits as online_digits
 from benchmarks.online import experiment as online
 from benchmarks.online import figures as online_figures
 from benchmarks.perturb import experiment as perturb
@@ -334,6 +335,18 @@ def copying_table() -> str:
     )
 
 
+def digits_table() -> str:
+    """Digits pixel by pixel, online."""
+    result = read_json("online-digits")
+    options = result["options"]
+    return (
+        f"{online_digits.show(result)}\n\n{len(options['seeds'])} seeds, mean ± "
+        f"standard deviation, {options['updates']} updates of {online_digits.EPISODES} "
+        f"images, {options['units']} units a layer; accuracy on test images after the "
+        "last update; chance is 10. " + _where(result)
+    )
+
+
 def unitary_tables() -> str:
     """A table for each part of ``unitary``."""
     titles = {
@@ -431,6 +444,7 @@ def draw_all() -> None:
     for part in ("anbn", "balance", "brackets", "cost", "quality", "text"):
         online_figures.draw(part, f"online-{part}")
     copying.draw(read_json("online-copying"), "online-copying")
+    online_digits.draw(read_json("online-digits"), "online-digits")
     for part in (*perturb.TASKS, "scaling", "cost"):
         perturb.draw(part, read_json(f"perturb-{part}"), f"perturb-{part}")
     unrolls.draw(read_json("perturb-unrolls"), "perturb-unrolls")
@@ -471,6 +485,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "modes": modes_table,
     "online": online_tables,
     "online-copying": copying_table,
+    "online-digits": digits_table,
     "perturb": perturb_table,
     "perturb-unrolls": unrolls_table,
     "rules": rules_table,

@@ -55,6 +55,7 @@ LOOKS: Mapping[str, tuple[str, Any]] = {
     "Diagonal RTRL": ("C4", "-"),
     "Diagonal RTRL, two layers": ("C4", "--"),
     "RFLO": ("C9", "--"),
+    "RFLO, e-prop, random feedback": ("C9", ":"),
     # Forward only.
     "WP": ("C2", "-"),
     "NP": ("C3", "-"),

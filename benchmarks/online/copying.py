@@ -10,23 +10,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from benchmarks.harness.checkpoints import Checkpoints
 from benchmarks.harness.figures import figure, legend, look, save_figure
-from benchmarks.harness.measurement import interleaved_times, spread, temporary_bytes
 from benchmarks.harness.options import Count, OneOf, Seeds, Within
 from benchmarks.harness.progress import say
 from benchmarks.harness.results import read_json, record, write_json
 from benchmarks.harness.tables import mean_std, table
-from benchmarks.harness.training import train
+from benchmarks.online import episodes
+from benchmarks.online.episodes import Gradient, Lesson, Network, Portions, costs
 from rbpjax import online
 
 SYMBOLS, SHOWN = 8, 3
@@ -45,17 +44,16 @@ class Method(NamedTuple):
     """How to get the gradient of an episode, and of how many layers."""
 
     title: str
-    make: Callable[[Any, Callable], online.Estimator]
+    how: Gradient
     layers: int = 1
-    whole: bool = False  # a step takes a whole sequence
 
 
 METHODS = {
-    "diagonal": Method("Diagonal RTRL", online.diagonal_rtrl),
-    "diagonal2": Method("Diagonal RTRL, two layers", online.diagonal_rtrl, 2),
-    "uoro": Method("UORO", online.uoro),
-    "tbptt": Method(f"TBPTT({WINDOW})", WINDOWED, whole=True),
-    "bptt": Method("BPTT", online.bptt, whole=True),
+    "diagonal": Method("Diagonal RTRL", Gradient(online.diagonal_rtrl)),
+    "diagonal2": Method("Diagonal RTRL, two layers", Gradient(online.diagonal_rtrl), 2),
+    "uoro": Method("UORO", Gradient(online.uoro)),
+    "tbptt": Method(f"TBPTT({WINDOW})", Gradient(WINDOWED, whole=True)),
+    "bptt": Method("BPTT", Gradient(online.bptt, whole=True)),
 }
 
 
@@ -90,7 +88,10 @@ class OnlineCopying:
         }
         checkpoints = Checkpoints("online-copying", options, self.fresh)
         found = {name: compare(name, options, checkpoints) for name in self.methods}
-        for name, cost in costs(self.methods, self.units).items():
+        steps = LENGTHS[1]
+        of = lambda m: (m.how, network(m.layers, self.units, steps))
+        programs = {name: of(METHODS[name]) for name in self.methods}
+        for name, cost in costs(programs, LENGTHS, steps, SYMBOLS + 1).items():
             found[name] |= cost
         content = record(
             "copying, online", "online-copying", options, window=WINDOW, methods=found
@@ -113,15 +114,6 @@ def episode(key: jax.Array, delay: int) -> tuple[jax.Array, jax.Array]:
     x = x.at[delay, SYMBOLS].set(1.0)  # the question
     y = jnp.full(length, -1).at[delay : delay + SHOWN].set(symbols)
     return x, y
-
-
-class Network(NamedTuple):
-    """A step, its loss in bits, its parameters and its state at rest."""
-
-    cell: Any
-    loss: Callable
-    init: Callable[[jax.Array], dict]
-    h0: Any
 
 
 def network(layers: int, units: int, delay: int) -> Network:
@@ -169,28 +161,16 @@ def network(layers: int, units: int, delay: int) -> Network:
 # --- learning -------------------------------------------------------------------------
 
 
-def streamed(method: Method, net: Network) -> Callable:
-    """``gradient(params, key, x, y)``: the loss of an episode and its gradient."""
-    est = method.make(net.cell, net.loss)
+# After the delay a phase counts that many times.
+portions = lambda delay: Portions(EPISODES, POINT, slow=10 / delay)
 
-    def gradient(
-        params: dict, key: jax.Array, x: jax.Array, y: jax.Array
-    ) -> online.OnlineOutput:
-        start = est.init(params, net.h0)
-        if method.whole:
-            return est.step(params, start, x, y, ())[1]
 
-        def body(state: tuple, xy: tuple) -> tuple:
-            carry, total, key = state
-            key, signs = jax.random.split(key)
-            carry, out = est.step(params, carry, *xy, est.noise(signs, carry))
-            return (carry, jax.tree.map(jnp.add, total, out), key), None
-
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        nothing = online.OnlineOutput(jnp.zeros(()), zeros)
-        return jax.lax.scan(body, (start, nothing, key), (x, y))[0][1]
-
-    return gradient
+@cache
+def program(name: str, delay: int, units: int) -> tuple[Callable, Network]:
+    """The compiled updates of a method, and its network."""
+    method = METHODS[name]
+    net = network(method.layers, units, delay)
+    return episodes.program(method.how, net, portions(delay)), net
 
 
 def learn(
@@ -202,41 +182,17 @@ def learn(
     checkpoints: Checkpoints,
 ) -> list[float | None]:
     """The curve of one run, bits a symbol; resumable."""
-    net = network(METHODS[name].layers, options["units"], delay)
-    gradient = streamed(METHODS[name], net)
-    optimizer = optax.adam(rate)
-
-    def update(state: tuple, key: jax.Array) -> tuple:
-        params, moments = state
-        # One after another, as a stream would have them.
-        keys = jax.random.split(key, (EPISODES, 2))
-        out = jax.lax.map(lambda k: gradient(params, k[0], *episode(k[1], delay)), keys)
-        grads = jax.tree.map(lambda g: jnp.mean(g, 0), out.grads)
-        steps, moments = optimizer.update(grads, moments)
-        # After the delay a phase counts that many times.
-        slow = lambda path, s: s * 10 / delay if "'phase'" in str(path) else s
-        steps = jax.tree_util.tree_map_with_path(slow, steps)
-        return (optax.apply_updates(params, steps), moments), jnp.mean(out.loss)
-
-    points = options["updates"] // POINT
-    key = jax.random.key(seed)
-
-    @jax.jit
-    def block(state: tuple, i: jax.Array) -> tuple:
-        keys = jax.random.split(jax.random.fold_in(key, i), POINT)
-        state, bits = jax.lax.scan(update, state, keys)
-        return state, jnp.mean(bits)
-
-    def step(saved: tuple, i: int) -> tuple:
-        state, curve = saved
-        state, bits = block(state, jnp.asarray(i))
-        return state, curve.at[i].set(bits)
-
-    params = net.init(jax.random.key(seed))
-    start = (params, optimizer.init(params)), jnp.full(points, jnp.nan)
-    label = f"{name}-{delay}-{rate:g}-{seed}"
-    _, curve = train(checkpoints, label, start, step, points, every=5)
-    return [float(b) if np.isfinite(b) else None for b in np.asarray(curve)]
+    draw = jax.jit(jax.vmap(jax.vmap(partial(episode, delay=delay))))
+    return episodes.learn(
+        f"{name}-{delay}-{rate:g}-{seed}",
+        *program(name, delay, options["units"]),
+        portions(delay),
+        Lesson(draw, lambda _, losses: jnp.mean(losses)),
+        rate,
+        seed,
+        options["updates"] // POINT,
+        checkpoints,
+    )
 
 
 def end(curve: list[float | None]) -> float:
@@ -262,31 +218,6 @@ def compare(
         shown = np.round([end(curve) for curve in curves], 3)
         say(f"{METHODS[name].title:<25} {delay:>5}, rate {rate:g}, bits {shown}")
     return {"delays": found}
-
-
-# --- memory and time ------------------------------------------------------------------
-
-
-def costs(methods: tuple[str, ...], units: int) -> dict[str, dict[str, Any]]:
-    """Temporary memory of an episode by its length, and time a step of one."""
-    found: dict[str, dict[str, Any]] = {name: {"bytes": {}} for name in methods}
-    calls, steps = {}, LENGTHS[1]
-    for name in methods:
-        net = network(METHODS[name].layers, units, steps)
-        params, key = net.init(jax.random.key(0)), jax.random.key(0)
-        gradient = streamed(METHODS[name], net)
-        for length in LENGTHS:
-            data = (
-                jax.ShapeDtypeStruct((length, SYMBOLS + 1), jnp.float32),
-                jax.ShapeDtypeStruct((length,), jnp.int32),
-            )
-            size = temporary_bytes(gradient, params, key, *data)
-            found[name]["bytes"][str(length)] = size
-        x, y = episode(key, steps - WINDOW)
-        calls[name] = partial(jax.jit(gradient), params, key, x, y)
-    for name, times in interleaved_times(calls, 15).items():
-        found[name]["seconds_a_step"] = spread([t / steps for t in times])
-    return found
 
 
 # --- table and figure -----------------------------------------------------------------

@@ -23,7 +23,11 @@ MAKERS = {
     "lru": cells.lru,
 }
 every = pytest.mark.parametrize("name", MAKERS)
-KERNEL = [name for name in MAKERS if name != "lru"]
+KERNEL = [
+    pytest.param(name, marks=[pytest.mark.full] * (name == "lif"))
+    for name in MAKERS
+    if name != "lru"
+]
 
 
 def sigmoid(z):

@@ -63,7 +63,7 @@ METRIC = KALMAN, partial(KALMAN, own_rows=True)
     ("make", "ways"),
     [
         (lstm, EUCLIDEAN),
-        (vanilla, METRIC),
+        pytest.param(vanilla, METRIC, marks=FULL),
         pytest.param(gru_after, EUCLIDEAN, marks=FULL),
         pytest.param(lstm, METRIC, marks=FULL),
     ],
