@@ -18,6 +18,17 @@ from rbpjax._core.sharding import is_sharded, typed_like
 from rbpjax.types import PyTree
 
 
+def apart(x: PyTree) -> PyTree:
+    """The same values, which JAX does not know for those of ``x``.
+
+    For what the forward pass of a ``custom_vjp`` keeps of its arguments. JAX 0.8 to
+    0.12 take another argument for a residual that is one, where the function made
+    constants and a loop around it is differentiated twice. Costs nothing: the compiler
+    removes it.
+    """
+    return jax.tree.map(lambda u: lax.squeeze(lax.expand_dims(u, (0,)), (0,)), x)
+
+
 def real_dtype(tree: PyTree) -> jnp.dtype:
     """The real dtype, float32 at least, in which norms of ``tree`` are computed."""
     bits = max((jnp.finfo(x.dtype).bits for x in jax.tree.leaves(tree)), default=32)

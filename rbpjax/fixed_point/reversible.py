@@ -246,7 +246,8 @@ def _last_fwd(plan, args, rest, h0, probe):
         leg = lambda pair, _, n=length: (_run(plan, whole, h0, pair, n), pair)
         pair, kept = lax.scan(leg, pair, length=count)
         anchors.append(kept)
-    return tree.cast_like(pair.z, h0), (args, rest, h0, probe, anchors, pair)
+    given = tree.apart((args, rest, h0, probe))
+    return tree.cast_like(pair.z, h0), (*given, anchors, pair)
 
 
 def _last_bwd(plan, saved, g):

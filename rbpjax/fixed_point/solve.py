@@ -99,6 +99,7 @@ def _solve_fwd(step, solver, rule, verify, args, start, probe, numbers):
     # Of how it was found, only what is reported is kept, and what a rule starts from.
     bare = Solution(solution.value, aux=solution.aux)
     kept = bare if probe is None else solution
+    args, probe, numbers = tree.apart((args, probe, numbers))
     return solution, (args, kept, probe, numbers)
 
 

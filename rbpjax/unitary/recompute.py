@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from rbpjax._core.batching import of_each_example
 from rbpjax._core.sharding import vary_like
 from rbpjax._core.step import check_like, close, convert, floats, merge, others
+from rbpjax._core.tree import apart
 from rbpjax.types import PyTree, StepFn
 from rbpjax.unitary.history import (
     CHECKS,
@@ -242,6 +243,7 @@ def _scan_fwd(
 
     start = (jnp.array(0), h0, kept)
     (_, h, kept), ys = jax.lax.scan(body, start, xs, run.total)
+    floating, rest, probe = apart((floating, rest, probe))
     return (h, ys), _Saved(floating, rest, h, kept, probe)
 
 
