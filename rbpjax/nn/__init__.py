@@ -1,9 +1,12 @@
 """Flax nnx modules over all parts of the library; imported on first use.
 
 * ``FixedPoint``: any cell as an implicit layer;
+* ``ConvCell``: a convolution with a bounded kernel, the first choice on grids;
 * ``GraphCell``, on a ``Graph`` such as ``normalized_adjacency`` makes: a contraction;
+* ``MonotoneCell``: one fixed point whatever the weights;
 * ``UnitaryRNN``: the unitary cell over a sequence;
-* ``value_and_grad_with_report``: as that of rbpjax, with nnx filters and mutable state.
+* ``value_and_grad_with_report``: as that of rbpjax, with nnx filters and mutable state;
+  ``report_metrics``: its report for a log.
 
 Example:
   >>> import jax.numpy as jnp, numpy as np
@@ -16,16 +19,21 @@ Example:
   (2, 4)
 """
 
+from rbpjax.nn.convolution import ConvCell
 from rbpjax.nn.graph import Graph, GraphCell, normalized_adjacency
 from rbpjax.nn.implicit import FixedPoint
-from rbpjax.nn.report import value_and_grad_with_report
+from rbpjax.nn.monotone import MonotoneCell
+from rbpjax.nn.report import report_metrics, value_and_grad_with_report
 from rbpjax.nn.unitary import UnitaryRNN
 
 __all__ = [
+    "ConvCell",
     "FixedPoint",
     "Graph",
     "GraphCell",
+    "MonotoneCell",
     "UnitaryRNN",
     "normalized_adjacency",
+    "report_metrics",
     "value_and_grad_with_report",
 ]
