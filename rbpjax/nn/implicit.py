@@ -63,8 +63,8 @@ class FixedPoint(nnx.Module):
       >>> solution = layer(x, jnp.zeros_like(x))
       >>> bool(solution.converged)
       True
-      >>> int(layer(x, solution.value).num_steps)  # a warm start
-      0
+      >>> int(layer(x, solution.value).num_steps) <= 1  # a warm start
+      True
       >>> loss = lambda layer: layer(x, jnp.zeros_like(x)).value.sum()
       >>> nnx.grad(loss)(layer)["cell"]["linear"]["kernel"].shape
       (8, 8)
