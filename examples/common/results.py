@@ -6,12 +6,20 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.checkpoints import Checkpoints
 from benchmarks.harness.results import record, write_json
 
 
 def kept(example: Any) -> dict[str, Any]:
     """The options that decide the result."""
     return {k: v for k, v in dataclasses.asdict(example).items() if k != "fresh"}
+
+
+def opened(name: str, example: Any) -> Checkpoints:
+    """What earlier runs have left of each network and seed, whichever they had."""
+    apart = ("kinds", "seeds")
+    options = {k: v for k, v in kept(example).items() if k not in apart}
+    return Checkpoints(f"example-{name}", options, example.fresh)
 
 
 def write(name: str, example: Any, **content: Any) -> Path:

@@ -11,6 +11,7 @@ two convolutions. The explicit network has the same parameters, and takes one st
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from functools import partial
 from typing import Annotated, Any
@@ -142,14 +143,11 @@ class Mnist:
             less = {"data": "digits", "epochs": 8, "units": 16, "seeds": (0,)}
             return dataclasses.replace(self, tiny=False, **less).run()
         train, test = load(self.data)
-        checkpoints = Checkpoints("example-mnist", results.kept(self), self.fresh)
-        networks: dict[str, Any] = {}
-        for kind in self.kinds:
-            run = partial(self.train, checkpoints, kind, train, test)
-            networks[kind] = [
-                checkpoints.once(f"{kind}-{seed}-done", partial(run, seed))
-                for seed in self.seeds
-            ]
+        checkpoints = results.opened("mnist", self)
+        networks: dict[str, Any] = {kind: [] for kind in self.kinds}
+        for seed, kind in itertools.product(self.seeds, self.kinds):
+            made = partial(self.train, checkpoints, kind, train, test, seed)
+            networks[kind] += [checkpoints.once(f"{kind}-{seed}-done", made)]
         make = partial(Network, side=train[0].shape[1], units=self.units, seed=0)
         bytes_ = memory(partial(make, bound=self.bound), *train)
         path = results.write("mnist", self, networks=networks, memory=bytes_)
