@@ -70,6 +70,15 @@ LOOKS: Mapping[str, tuple[str, Any]] = {
     "Replay": ("C2", "-"),
     "Inverse": ("C3", "-"),
     "Inverse, 10 anchors": ("C3", "--"),
+    # Examples.
+    "bounded kernel": ("C3", "-"),
+    "contraction": ("C2", "--"),
+    "no bound": ("C1", "-."),
+    "BPTT, 40 steps": ("C0", "-"),
+    "BPTT, 20 steps": ("C0", "--"),
+    "feed-forward": ("0.5", ":"),
+    "at equilibrium": ("C3", "-"),
+    "explicit": ("0.5", "--"),
     # Libraries.
     "rbpjax, default": ("C3", "-"),
     "rbpjax": ("C3", "--"),

@@ -3,6 +3,7 @@
 * ``FixedPoint``: any cell as an implicit layer;
 * ``ConvCell``: a convolution with a bounded kernel, the first choice on grids;
 * ``GraphCell``, on a ``Graph`` such as ``normalized_adjacency`` makes: a contraction;
+* ``HopfieldCell`` and ``SoftmaxHopfieldCell``: associative memories;
 * ``MonotoneCell``: one fixed point whatever the weights;
 * ``UnitaryRNN``: the unitary cell over a sequence;
 * ``value_and_grad_with_report``: as that of rbpjax, with nnx filters and mutable state;
@@ -21,6 +22,7 @@ Example:
 
 from rbpjax.nn.convolution import ConvCell
 from rbpjax.nn.graph import Graph, GraphCell, normalized_adjacency
+from rbpjax.nn.hopfield import HopfieldCell, SoftmaxHopfieldCell
 from rbpjax.nn.implicit import FixedPoint
 from rbpjax.nn.monotone import MonotoneCell
 from rbpjax.nn.report import report_metrics, value_and_grad_with_report
@@ -31,7 +33,9 @@ __all__ = [
     "FixedPoint",
     "Graph",
     "GraphCell",
+    "HopfieldCell",
     "MonotoneCell",
+    "SoftmaxHopfieldCell",
     "UnitaryRNN",
     "normalized_adjacency",
     "report_metrics",
