@@ -1,6 +1,11 @@
 """What examples share: a training that goes on to the bit, batches, short errors."""
 
 import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Annotated
 
 import jax
@@ -125,3 +130,44 @@ def test_parts_are_shared_by_runs_with_other_seeds(apart):
     made = lambda example: results.opened("thing", example).folder
     assert made(Example()) == made(Example(seeds=(3,), kinds=("b",)))
     assert made(Example()) != made(Example(size=4))
+
+
+RUN = """
+import sys, pathlib
+from benchmarks.harness import checkpoints, results
+folder = pathlib.Path(sys.argv[1])
+results.RESULTS, checkpoints.CHECKPOINTS = folder / "results", folder / "checkpoints"
+from examples.prefix_sums.train import PrefixSums, main
+options = "--kinds bounded --seeds 0 --bits 4 --lengths 16 --blocks 4"
+sys.exit(main(PrefixSums, options.split()))
+"""
+
+
+def start(folder):
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", RUN, str(folder)]
+    return subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.full
+def test_kill_nine_loses_nothing(tmp_path):
+    """Killed after its first checkpoint and started again: the same result."""
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    run = start(killed)
+    try:
+        deadline = time.monotonic() + 300
+        while not list(killed.glob("checkpoints/*/bounded-0/*/manifest.json")):
+            assert time.monotonic() < deadline and run.poll() is None
+            time.sleep(0.05)
+    finally:
+        run.kill()
+        run.wait()
+    assert not (killed / "results").exists() or not list(killed.glob("results/*.json"))
+    assert start(killed).wait() == start(whole).wait() == 0
+    found = []
+    for folder in (killed, whole):
+        (path,) = folder.glob("results/*.json")
+        networks = json.loads(path.read_text())["networks"]
+        del networks["bounded"][0]["history"]["core_seconds"]
+        found.append(networks)
+    assert found[0] == found[1]
