@@ -28,8 +28,10 @@ from benchmarks.perturb import experiment as perturb
 from benchmarks.perturb import unrolls
 from benchmarks.scaling import experiment as scaling
 from benchmarks.unitary import experiment as unitary
+from examples.graphs import report as graphs
 from examples.mnist import report as mnist
 from examples.prefix_sums import report as prefix_sums
+from examples.steady_states import report as steady_states
 
 ROOT = Path(__file__).parent.parent
 PAGES = (
@@ -440,17 +442,23 @@ def scaling_tables() -> str:
 
 
 # What `python -m examples.NAME.train` has found, on its page and on that of the site.
-EXAMPLES: dict[str, Any] = {"mnist": mnist, "prefix_sums": prefix_sums}
+EXAMPLES: dict[str, Any] = {
+    "graphs": graphs,
+    "mnist": mnist,
+    "prefix_sums": prefix_sums,
+    "steady_states": steady_states,
+}
 
 
 def example_table(name: str) -> str:
     """The networks of an example."""
     result, report = read_json(f"example-{name}"), EXAMPLES[name]
     seeds = len(result["options"]["seeds"])
+    counted = "excluded" if report is steady_states else "included"
     return (
         f"{table(report.rows(result))}\n\n{report.NOTE} {seeds} seeds, in their order "
         "where several numbers stand together. Times are processor time of training on "
-        f"one loaded core, compilation included. {_where(result)}"
+        f"one loaded core, compilation {counted}. {_where(result)}"
     )
 
 

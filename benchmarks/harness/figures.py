@@ -79,6 +79,11 @@ LOOKS: Mapping[str, tuple[str, Any]] = {
     "feed-forward": ("0.5", ":"),
     "at equilibrium": ("C3", "-"),
     "explicit": ("0.5", "--"),
+    "explicit, 2 layers": ("0.5", ":"),
+    "fixed point": ("C3", "-"),
+    "finite differences": ("C2", "--"),
+    "BPTT, 8 steps": ("C0", "--"),
+    "BPTT, 1000 steps": ("C0", "-"),
     # Libraries.
     "rbpjax, default": ("C3", "-"),
     "rbpjax": ("C3", "--"),
