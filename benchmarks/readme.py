@@ -29,6 +29,7 @@ from benchmarks.perturb import unrolls
 from benchmarks.scaling import experiment as scaling
 from benchmarks.unitary import experiment as unitary
 from examples.graphs import report as graphs
+from examples.inverse import report as inverse
 from examples.mnist import report as mnist
 from examples.prefix_sums import report as prefix_sums
 from examples.steady_states import report as steady_states
@@ -444,6 +445,7 @@ def scaling_tables() -> str:
 # What `python -m examples.NAME.train` has found, on its page and on that of the site.
 EXAMPLES: dict[str, Any] = {
     "graphs": graphs,
+    "inverse": inverse,
     "mnist": mnist,
     "prefix_sums": prefix_sums,
     "steady_states": steady_states,
