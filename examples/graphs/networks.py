@@ -25,6 +25,7 @@ KINDS = {
     "chains": ("fixed point", "BPTT, 100 steps", "BPTT, 8 steps", "explicit, 8 layers"),
 }
 KINDS["planted"] = KINDS["cora"]
+NAMES = ("fixed point", *UNROLLED, *LAYERS)
 # Of chains J is nilpotent: iteration and series end after as many steps as edges.
 FORWARD, BACKWARD = rbpjax.FixedPointIteration(), rbpjax.Neumann()
 
@@ -38,14 +39,13 @@ class Recipe:
     dropout: float
     decay: float
     learning_rate: float
-    blocks: int
 
 
 RECIPES = {
-    "cora": Recipe(0.9, 32, 0.7, 2e-2, 1e-2, 12),
-    "chains": Recipe(0.99, 16, 0.0, 0.0, 5e-3, 6),
+    "cora": Recipe(0.9, 32, 0.7, 2e-2, 1e-2),
+    "chains": Recipe(0.99, 16, 0.0, 0.0, 5e-3),
 }
-RECIPES["planted"] = Recipe(0.9, 16, 0.2, 1e-3, 1e-2, 3)
+RECIPES["planted"] = Recipe(0.9, 16, 0.2, 1e-3, 1e-2)
 
 
 class Network(nnx.Module):

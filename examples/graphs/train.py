@@ -24,13 +24,13 @@ import optax
 from flax import nnx
 
 import rbpjax
-from benchmarks.harness.options import OneOf, Seeds
+from benchmarks.harness.options import Count, OneOf, Seeds
 from examples.common import results
 from examples.common.command import main
 from examples.common.training import fit
 from examples.graphs import report
 from examples.graphs.data import Nodes, chains, cora, planted
-from examples.graphs.networks import KINDS, RECIPES, Network
+from examples.graphs.networks import KINDS, NAMES, RECIPES, Network
 from rbpjax.nn import report_metrics, value_and_grad_with_report
 
 LENGTH, LONG = 100, 201  # of chains, in training and in tests
@@ -76,21 +76,27 @@ class Graphs:
 
     tasks: Annotated[tuple[str, ...], OneOf(KINDS)] = ("cora", "chains")
     """cora, chains, or planted: a small graph that is generated."""
+    kinds: Annotated[tuple[str, ...], OneOf(NAMES)] = NAMES
+    """Which networks, where they suit the task."""
+    blocks: Count = 12
+    """Training, in blocks of 20 steps; half as many of chains."""
     seeds: Seeds = (0, 1, 2)
     """Of weights, dropout and chains."""
     tiny: bool = False
-    """Generated graphs, one seed."""
+    """Generated graphs, two networks, one seed."""
     fresh: bool = False
     """Start over instead of resuming an interrupted run."""
 
     def run(self) -> dict[str, Any]:
         """Trains every network with every seed: JSON, figure, table."""
         if self.tiny:
-            less = {"tasks": ("planted", "chains"), "seeds": (0,)}
+            less: dict[str, Any] = {"tasks": ("planted", "chains"), "seeds": (0,)}
+            less |= {"kinds": (NAMES[0], "explicit, 8 layers"), "blocks": 4}
             return dataclasses.replace(self, tiny=False, **less).run()
         checkpoints = results.opened("graphs", self)
-        networks: dict[str, Any] = {t: {k: [] for k in KINDS[t]} for t in self.tasks}
-        pairs = [(task, kind) for task in self.tasks for kind in KINDS[task]]
+        suited = {t: [k for k in KINDS[t] if k in self.kinds] for t in self.tasks}
+        networks: dict[str, Any] = {t: {k: [] for k in suited[t]} for t in suited}
+        pairs = [(task, kind) for task in suited for kind in suited[task]]
         for seed, (task, kind) in itertools.product(self.seeds, pairs):
             name = f"{task}-{kind}-{seed}".replace(", ", "-").replace(" ", "-")
             made = partial(self.train, checkpoints, name, task, kind, seed)
@@ -123,7 +129,7 @@ class Graphs:
             update,
             lambda k: arrays(draw(k)),
             seed=seed,
-            num_blocks=recipe.blocks,
+            num_blocks=self.blocks // (2 if task == "chains" else 1),
             steps=20,
             watch=partial(look, seen),
         )

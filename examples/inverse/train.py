@@ -86,14 +86,15 @@ class Inverse:
     seeds: Seeds = (0, 1, 2)
     """Of weights, order and noise."""
     tiny: bool = False
-    """Digits, one seed, fewer channels."""
+    """Digits, one seed of the fixed point, fewer channels."""
     fresh: bool = False
     """Start over instead of resuming an interrupted run."""
 
     def run(self) -> dict[str, Any]:
         """Trains every network with every seed: JSON, figure, table."""
         if self.tiny:
-            less = {"data": "digits", "seeds": (0,), "units": 12, "blocks": 4}
+            less: dict[str, Any] = {"data": "digits", "kinds": KINDS[:1], "seeds": (0,)}
+            less |= {"units": 16, "measurements": 0.4, "blocks": 5}
             return dataclasses.replace(self, tiny=False, **less).run()
         sensing = load(self.data, self.measurements)
         checkpoints = results.opened("inverse", self)
