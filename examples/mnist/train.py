@@ -125,11 +125,13 @@ class Mnist:
     """equilibrium, and explicit: one step of the same cell."""
     epochs: Count = 5
     """Passes over the training images; digits are few, and take 60."""
-    units: Annotated[int, OneOf((16, 32, 48, 64))] = 48
+    batch: Count = 64
+    """Images of a step."""
+    units: Annotated[int, OneOf((16, 32, 48, 64))] = 32
     """Channels of the state."""
     bound: Positive = 0.9
     """Of the kernel's singular values, as a matrix."""
-    learning_rate: Positive = 3e-3
+    learning_rate: Positive = 2e-3
     """Of AdamW, after a warm-up; it ends at zero."""
     seeds: Seeds = (0, 1, 2)
     """Of weights, order and deformations."""
@@ -161,7 +163,7 @@ class Mnist:
         """One network, from one seed."""
         images, _ = train
         model = Network(kind, images.shape[1], self.units, self.bound, seed)
-        per_epoch = len(images) // 128
+        per_epoch = len(images) // self.batch
         blocks = 2 * self.epochs
         rate = optax.warmup_cosine_decay_schedule(
             0.0, self.learning_rate, per_epoch, blocks * (per_epoch // 2)
@@ -176,7 +178,7 @@ class Mnist:
             model,
             optimizer,
             update,
-            shuffled(train, 128, seed=seed),
+            shuffled(train, self.batch, seed=seed),
             seed=seed,
             num_blocks=blocks,
             steps=per_epoch // 2,

@@ -25,8 +25,8 @@ class ConvCell(nnx.Module):
     |φ′| ≤ 1, so that with a bound below 1/√taps the cell is a contraction whatever
     training does to K, with one fixed point. Such a cell forgets within a few
     positions. Above it nothing is guaranteed, and watching the residuals and ρ(J) is
-    yours; in our experiments (docs/results/models.md) 1.4 for 3 taps and 0.9 for 3 × 3
-    trained and settled, where a cell without a bound was a lottery.
+    yours; 1.4 for 3 taps and 0.9 for 3 × 3 trained and settled with every seed in the
+    examples (docs/results/models.md).
 
     Cost of a step: one convolution. AD modes: all.
 
