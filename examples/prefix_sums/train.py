@@ -165,8 +165,7 @@ class PrefixSums:
 
     def train(self, checkpoints: Checkpoints, kind: str, seed: int) -> dict[str, Any]:
         """One network, from one seed."""
-        blocks = self.blocks // (2 if kind == "bptt-40" else 1)  # in the same time
-        model, steps = make(kind, seed), 50 * blocks
+        model, steps = make(kind, seed), 50 * self.blocks
         rate = optax.schedules.join_schedules(
             [
                 optax.linear_schedule(0.0, self.learning_rate, steps // 20),
@@ -184,7 +183,7 @@ class PrefixSums:
             update,
             lambda k: batch(128, self.bits, (seed, k)),
             seed=seed,
-            num_blocks=blocks,
+            num_blocks=self.blocks,
             watch=partial(radius, batch(64, self.bits, (seed, 0))[0]),
         )
         found: dict[str, Any] = {}
