@@ -123,7 +123,7 @@ class Mnist:
     """mnist, or digits: small, without a download."""
     kinds: Annotated[tuple[str, ...], OneOf(KINDS)] = KINDS
     """equilibrium, and explicit: one step of the same cell."""
-    epochs: Count = 5
+    epochs: Count = 4
     """Passes over the training images; digits are few, and take 60."""
     batch: Count = 64
     """Images of a step."""
