@@ -79,6 +79,7 @@ LOOKS: Mapping[str, tuple[str, Any]] = {
     "feed-forward": ("0.5", ":"),
     "at equilibrium": ("C3", "-"),
     "explicit": ("0.5", "--"),
+    "no contraction": ("C1", "-."),
     # Libraries.
     "rbpjax, default": ("C3", "-"),
     "rbpjax": ("C3", "--"),
