@@ -29,7 +29,8 @@ LOOSE = "example-mnist-loose"
 NOTE = (
     "All 10,000 test images. Memory is temporary memory of a gradient for 128 images; "
     "unrolled networks are the same cell by BPTT, and were not trained. Steps and the "
-    "residuals are those of the solves, ρ(J) the largest of 1,000 test images. What is no contraction is one seed."
+    "residuals are those of the solves, ρ(J) the largest of 1,000 test images. What is "
+    "no contraction is one seed."
 )
 
 
