@@ -84,6 +84,7 @@ LOOKS: Mapping[str, tuple[str, Any]] = {
     "finite differences": ("C2", "--"),
     "BPTT, 8 steps": ("C0", "--"),
     "BPTT, 1000 steps": ("C0", "-"),
+    "no contraction": ("C1", "-."),
     # Libraries.
     "rbpjax, default": ("C3", "-"),
     "rbpjax": ("C3", "--"),

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import manifest
 from benchmarks.harness.checkpoints import Checkpoints
 from benchmarks.harness.results import record, write_json
 
@@ -19,6 +20,7 @@ def opened(name: str, example: Any) -> Checkpoints:
     """What earlier runs have left of each network and seed, whichever they had."""
     apart = ("kinds", "seeds")
     options = {k: v for k, v in kept(example).items() if k not in apart}
+    options["examples"] = manifest.sources(Path(__file__).parents[1])  # or start anew
     return Checkpoints(f"example-{name}", options, example.fresh)
 
 

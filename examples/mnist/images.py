@@ -33,9 +33,9 @@ def deformed(key: jax.Array, images: jax.Array) -> jax.Array:
     """Each image turned, scaled and shifted a little, at random."""
     turn, scale, shift = jax.random.split(key, 3)
     count, side = len(images), images.shape[1]
-    a = 0.2 * jax.random.uniform(turn, (count,), minval=-1)
-    s = 1 + 0.1 * jax.random.uniform(scale, (count, 2), minval=-1)
-    t = side / 14 * jax.random.uniform(shift, (count, 2), minval=-1)
+    a = 0.15 * jax.random.uniform(turn, (count,), minval=-1)
+    s = 1 + 0.08 * jax.random.uniform(scale, (count, 2), minval=-1)
+    t = side / 18 * jax.random.uniform(shift, (count, 2), minval=-1)
     at = jnp.arange(side) - (side - 1) / 2
     rows, columns = jnp.meshgrid(at, at, indexing="ij")
 

@@ -44,7 +44,7 @@ class Recurrent(nnx.Module):
         conv = partial(nnx.Conv, kernel_size=(3,), rngs=rngs)
         strong = nnx.initializers.normal(1.5 / 3**0.5)
         self.encode = conv(1, UNITS, kernel_init=strong)
-        size = 0.7 if kind == "unbounded" else 1.0  # else its states are chaotic
+        size = 0.7 if kind == "unbounded" else 1.0  # a lower start
         init = nnx.initializers.normal(size / (3 * UNITS) ** 0.5)
         bound = BOUNDS.get(kind, BOUNDS["bounded"])
         self.state = FixedPoint(
@@ -165,8 +165,7 @@ class PrefixSums:
 
     def train(self, checkpoints: Checkpoints, kind: str, seed: int) -> dict[str, Any]:
         """One network, from one seed."""
-        blocks = self.blocks // (2 if kind == "bptt-40" else 1)  # in the same time
-        model, steps = make(kind, seed), 50 * blocks
+        model, steps = make(kind, seed), 50 * self.blocks
         rate = optax.schedules.join_schedules(
             [
                 optax.linear_schedule(0.0, self.learning_rate, steps // 20),
@@ -184,13 +183,13 @@ class PrefixSums:
             update,
             lambda k: batch(128, self.bits, (seed, k)),
             seed=seed,
-            num_blocks=blocks,
+            num_blocks=self.blocks,
             watch=partial(radius, batch(64, self.bits, (seed, 0))[0]),
         )
         found: dict[str, Any] = {}
-        for length in self.lengths:
-            if length <= 512 or found["512"]["bits"][-1] > 99:
-                found[str(length)] = tests(model, length, seed)
+        for n in sorted(self.lengths):
+            if n <= 512 or found.get("512", {"bits": [100]})["bits"][-1] > 99:
+                found[str(n)] = tests(model, n, seed)
         report.say_run(kind, seed, history, found)
         return {"history": history, "tests": found}
 

@@ -98,6 +98,7 @@ def test_without_a_bound_a_memory_has_many_fixed_points():
     np.testing.assert_allclose(found.value, memory, rtol=0, atol=1e-6)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["continuous", "modern"])
 def test_gradients_are_those_of_two_hundred_steps(kind):
     """0.8²⁰⁰ is 4e-20: the unrolled gradient is that of the fixed point."""

@@ -235,6 +235,41 @@ def test_a_state_that_is_handed_on_is_a_warm_start():
     assert layer(X + 1e-4, first.value).num_steps < first.num_steps
 
 
+class TwoScales(nnx.Module):
+    """A fine and a coarse state, each driven by the other at its own resolution."""
+
+    def __init__(self):
+        self.gain = nnx.Param(jnp.array(0.4))
+
+    def __call__(self, x, states):
+        fine, coarse = states
+        pooled = fine.reshape(-1, 2).mean(axis=1)
+        gain = self.gain[...]
+        return [
+            jnp.tanh(gain * (fine + jnp.repeat(coarse, 2)) + x),
+            gain * (coarse - pooled),
+        ]
+
+
+def test_a_state_of_several_resolutions():
+    """A list of arrays: value and gradient are those of 200 steps, 0.8²⁰⁰ from it."""
+    x = jnp.linspace(-1.0, 1.0, 8)
+    start = [jnp.zeros(8), jnp.zeros(4)]
+    layer = FixedPoint(TwoScales(), forward=FORWARD, backward=RULE)
+
+    def solved(layer):
+        fine, coarse = layer(x, start).value
+        return jnp.sum(fine**2) + jnp.sum(coarse * jnp.arange(4.0))
+
+    def unrolled(layer):
+        step = lambda h, _: (layer.cell(x, h), None)
+        fine, coarse = jax.lax.scan(step, start, length=200)[0]
+        return jnp.sum(fine**2) + jnp.sum(coarse * jnp.arange(4.0))
+
+    got, want = nnx.value_and_grad(solved)(layer), nnx.value_and_grad(unrolled)(layer)
+    assert_close(got, want, IDENTITY_RTOL)
+
+
 @pytest.mark.parametrize(
     ("numbers", "left"),
     [
