@@ -33,7 +33,14 @@ def test_only_the_first_node_of_a_chain_shows_its_class():
     np.testing.assert_array_equal(nodes.test.reshape(3, -1)[0], np.arange(50, 60))
 
 
-@pytest.mark.parametrize("kind", ["fixed point", "BPTT, 8 steps", "explicit, 8 layers"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("fixed point", marks=pytest.mark.full),
+        "BPTT, 8 steps",
+        "explicit, 8 layers",
+    ],
+)
 def test_how_far_a_first_node_reaches(apart, kind):
     """To the end at a fixed point; as many edges as there are layers or steps."""
     nodes = data.chains(1, 30, 0)
@@ -48,6 +55,7 @@ def test_how_far_a_first_node_reaches(apart, kind):
     assert reached.max() == known
 
 
+@pytest.mark.full
 def test_the_gradient_is_that_of_bptt_over_all_edges(apart):
     """J is nilpotent on a chain, so that BPTT over its length is exact."""
     nodes, recipe = data.chains(2, 20, 1), networks.RECIPES["chains"]

@@ -40,6 +40,7 @@ def test_linear_reconstructions_are_those_of_their_formulas(apart, digits):
     np.testing.assert_allclose(digits.ridge(y), known, atol=1e-5)
 
 
+@pytest.mark.full
 def test_each_image_fits_what_was_measured(apart, digits):
     """At any iteration, as P projects; and the fixed point is one of the step."""
     model = networks.Reconstruction("fixed point", digits, 4, 0.8, 0)

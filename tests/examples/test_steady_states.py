@@ -72,6 +72,7 @@ def test_robertson_keeps_the_total_and_ends_where_it_is_known_to():
     assert abs(a - 0.7158) < 0.02
 
 
+@pytest.mark.full
 def test_values_of_mileages_are_those_of_bellman():
     """By plain value iteration in NumPy, without the shift, at a discount of 0.99."""
     logs, upkeep = jnp.log(jnp.array([5.0, 3.0])), 0.003 * np.arange(decisions.STATES)
