@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,9 +31,18 @@ from benchmarks.perturb import experiment as perturb
 from benchmarks.perturb import unrolls
 from benchmarks.scaling import experiment as scaling
 from benchmarks.unitary import experiment as unitary
+from examples.graphs import report as graphs
+from examples.inverse import report as inverse
+from examples.mnist import report as mnist
+from examples.prefix_sums import report as prefix_sums
+from examples.steady_states import report as steady_states
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs" / "results").glob("*.md")))
+PAGES = (
+    ROOT / "README.md",
+    *sorted((ROOT / "docs" / "results").glob("*.md")),
+    *sorted((ROOT / "examples").glob("*/README.md")),
+)
 """The files that have generated blocks."""
 
 
@@ -449,6 +459,8 @@ def draw_all() -> None:
         perturb.draw(part, read_json(f"perturb-{part}"), f"perturb-{part}")
     unrolls.draw(read_json("perturb-unrolls"), "perturb-unrolls")
     rules_report.draw_all(read_json("rules"))
+    for name, example in EXAMPLES.items():
+        example.draw(read_json(f"example-{name}"), f"example-{name}")
     for part, (_, _, draw) in unitary.MAKERS.items():
         draw(read_json(f"unitary-{part}"), f"unitary-{part}")
 
@@ -466,6 +478,28 @@ def scaling_tables() -> str:
         f"{machine['accelerator_units']:,} units:\n\n"
         + table([scaling.predicted_row(row) for row in result["predicted"]])
         + f"\n\n{_where(result)}"
+    )
+
+
+# What `python -m examples.NAME.train` has found, on its page and on that of the site.
+EXAMPLES: dict[str, Any] = {
+    "graphs": graphs,
+    "inverse": inverse,
+    "mnist": mnist,
+    "prefix_sums": prefix_sums,
+    "steady_states": steady_states,
+}
+
+
+def example_table(name: str) -> str:
+    """The networks of an example."""
+    result, report = read_json(f"example-{name}"), EXAMPLES[name]
+    seeds = len(result["options"]["seeds"])
+    counted = "excluded" if report is steady_states else "included"
+    return (
+        f"{table(report.rows(result))}\n\n{report.NOTE} {seeds} seeds, in their order "
+        "where several numbers stand together. Times are processor time of training on "
+        f"one loaded core, compilation {counted}. {_where(result)}"
     )
 
 
@@ -493,6 +527,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "scaling": scaling_tables,
     "unitary": unitary_tables,
     "warm": warm_table,
+    **{f"example-{name}": partial(example_table, name) for name in EXAMPLES},
+    **{f"models-{name}": partial(example_table, name) for name in EXAMPLES},
 }
 
 
@@ -515,7 +551,7 @@ def render(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Readme:
-    """Make the tables of README.md and docs/results/ from the result files."""
+    """Make the tables of README.md, docs/results/ and examples/ from the results."""
 
     name: ClassVar[str] = "readme"
 

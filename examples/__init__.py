@@ -1,1 +1,1 @@
-"""Whole programs on public names, one folder each."""
+"""Whole programs over the library, a folder each."""

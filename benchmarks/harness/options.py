@@ -42,15 +42,17 @@ class Within:
 class OneOf:
     """One of some names."""
 
-    names: tuple[str, ...]
+    names: tuple[Any, ...]
 
-    def __init__(self, names: Iterable[str]):
+    def __init__(self, names: Iterable[Any]):
         """The keys of a table will do."""
         object.__setattr__(self, "names", tuple(names))
 
     def complaint(self, value: Any) -> str | None:
         """What the option must be, unless it is."""
-        return None if value in self.names else f"any of {', '.join(self.names)}"
+        return (
+            None if value in self.names else f"any of {', '.join(map(str, self.names))}"
+        )
 
 
 # Of an option with several values, each has to be right; there must be one at least.

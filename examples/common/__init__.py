@@ -1,0 +1,1 @@
+"""What two examples need: the training loop, batches, the command line."""

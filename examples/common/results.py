@@ -1,0 +1,35 @@
+"""Result files of examples: beside those of the benchmarks, under the same heads."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import manifest
+from benchmarks.harness.checkpoints import Checkpoints
+from benchmarks.harness.results import record, write_json
+
+
+def kept(example: Any) -> dict[str, Any]:
+    """The options that decide the result."""
+    return {k: v for k, v in dataclasses.asdict(example).items() if k != "fresh"}
+
+
+def opened(name: str, example: Any) -> Checkpoints:
+    """What earlier runs have left of each network and seed, whichever they had."""
+    apart = ("kinds", "seeds")
+    options = {k: v for k, v in kept(example).items() if k not in apart}
+    options["examples"] = manifest.sources(Path(__file__).parents[1])  # or start anew
+    return Checkpoints(f"example-{name}", options, example.fresh)
+
+
+def write(name: str, example: Any, **content: Any) -> Path:
+    """Writes ``benchmarks/results/example-NAME.json``; the path.
+
+    A run with options that are not the default writes ``example-NAME-custom.json``.
+    """
+    usual = kept(example) == kept(type(example)())
+    found = record(f"example-{name}", name, kept(example), **content)
+    found["command"] = f"python -m examples.{name}.train"
+    return write_json(f"example-{name}" + "-custom" * (not usual), found)

@@ -1,0 +1,1 @@
+"""Graph networks at a fixed point: a citation graph, and chains with a far label."""

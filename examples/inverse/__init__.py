@@ -1,0 +1,1 @@
+"""Compressed sensing by a learned iteration that is run until it rests."""

@@ -1,0 +1,1 @@
+"""A convolutional network at equilibrium, on images of digits."""

@@ -1,0 +1,1 @@
+"""Prefix sums: a network that thinks longer than it was trained to."""

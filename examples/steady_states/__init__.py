@@ -1,0 +1,1 @@
+"""Steady states: three models of scientists, their parameters found from data."""
