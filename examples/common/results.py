@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,5 +32,6 @@ def write(name: str, example: Any, **content: Any) -> Path:
     """
     usual = kept(example) == kept(type(example)())
     found = record(f"example-{name}", name, kept(example), **content)
-    found["command"] = f"python -m examples.{name}.train"
+    given = [] if usual else sys.argv[1:]
+    found["command"] = " ".join(["python -m", f"examples.{name}.train", *given])
     return write_json(f"example-{name}" + "-custom" * (not usual), found)

@@ -117,12 +117,13 @@ def test_errors_are_one_line_and_two(apart, capsys):
     assert said == ["error: it cannot be done", "error: --size: any of 2, 4; got 3"]
 
 
-def test_results_are_named_by_their_options(apart):
+def test_results_are_named_by_their_options(apart, monkeypatch):
     """The command that makes it; other options do not overwrite what is committed."""
     assert results.write("thing", Example(fresh=True)).name == "example-thing.json"
+    monkeypatch.setattr(sys, "argv", ["train.py", "--size", "4"])
     path = results.write("thing", Example(size=4))
     assert path.name == "example-thing-custom.json"
-    assert '"command": "python -m examples.thing.train"' in path.read_text()
+    assert '"command": "python -m examples.thing.train --size 4"' in path.read_text()
 
 
 def test_parts_are_shared_by_runs_with_other_seeds(apart):
