@@ -398,6 +398,28 @@ def collection_table() -> str:
     return f"{table([*rows])}\n\n{_where(result)} Other libraries: {peers}."
 
 
+def collection_random_table() -> str:
+    """The random fixed points by the defaults, and what was silent."""
+    result = read_json("collection-random")
+    found = result["solvers"]["default"]
+    silent = [
+        f"{precision}, `{name}`: {said}"
+        for precision, part in found.items()
+        for name, said in part["silent"].items()
+    ]
+    counts = [
+        f"{precision}: {part['all']['solved']:,} of {part['all']['problems']:,} solved, "
+        f"{part['all']['silent']} silent, {part['all']['gradients'].get('silent', 0)} "
+        "gradients silent"
+        for precision, part in found.items()
+    ]
+    return (
+        f"Random ones, defaults only. {'; '.join(counts)}. "
+        + (f"Silent: {'; '.join(silent)}. " if silent else "")
+        + _where(result)
+    )
+
+
 def fuzz_rooms_table() -> str:
     """What the second fuzz found, by kind."""
     result = read_json("fuzz-rooms")
@@ -509,6 +531,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "citation-paper": citation_paper_table,
     "claims": lambda: claims.tables(read_json("claims")),
     "collection": collection_table,
+    "collection-random": collection_random_table,
     "families": families_table,
     "fuzz": fuzz_line,
     "fuzz-rooms": fuzz_rooms_table,

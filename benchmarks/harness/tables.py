@@ -11,7 +11,8 @@ def mean_std(values: Sequence[float], digits: int = 3) -> str:
     values = [float(v) for v in values]
     spread = statistics.stdev(values) if len(values) > 1 else float("nan")
     shown = f"{statistics.fmean(values):.{digits}g}"
-    return f"{shown} ± {spread:.1g}" if len(values) > 1 else shown
+    rounded = f"{float(f'{spread:.1g}'):.0f}" if 10 <= spread < 1e5 else f"{spread:.1g}"
+    return f"{shown} ± {rounded}" if len(values) > 1 else shown
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:
