@@ -407,12 +407,13 @@ def collection_random_table() -> str:
         for precision, part in found.items()
         for name, said in part["silent"].items()
     ]
-    counts = [
-        f"{precision}: {part['all']['solved']:,} of {part['all']['problems']:,} solved, "
-        f"{part['all']['silent']} silent, {part['all']['gradients'].get('silent', 0)} "
-        "gradients silent"
-        for precision, part in found.items()
-    ]
+    counts = []
+    for precision, part in found.items():
+        n = part["all"]
+        counts.append(
+            f"{precision}: {n['solved']:,} of {n['problems']:,} solved, {n['silent']} "
+            f"silent, {n['gradients'].get('silent', 0)} gradients silent"
+        )
     return (
         f"Random ones, defaults only. {'; '.join(counts)}. "
         + (f"Silent: {'; '.join(silent)}. " if silent else "")
