@@ -356,7 +356,7 @@ def test_bptt_reports_nothing():
     assert all(leaf == 0 for leaf in jax.tree.leaves(report))
 
 
-@pytest.mark.parametrize("probed", [False, True])
+@pytest.mark.parametrize("probed", [pytest.param(False, marks=pytest.mark.full), True])
 def test_second_order_through_a_loop_of_solves(probed):
     """A scan differentiated twice, as implicit steps in time are; with keys and ints.
 
