@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 from benchmarks.harness.options import UsageError
 from benchmarks.harness.progress import say
 from benchmarks.harness.results import read_json, record, write_json
-from benchmarks.harness.tables import mean_std, table
+from benchmarks.harness.tables import mean_std
 
 HOLDS, IN_PART, FAILS, UNTESTED = VERDICTS = (
     "holds",
@@ -435,19 +435,19 @@ PAPERS: dict[str, tuple[Claim, ...]] = {
             _memory,
         ),
         Claim(
-            "Efficient and effective: associative memory",
+            "It is efficient and effective for associative memories",
             "10 MNIST images, 784 + 1024 + 784 units, 10,000 updates",
             ("hopfield-small",),
             _associative,
         ),
         Claim(
-            "Efficient and effective: semi-supervised citation networks",
+            "It is efficient and effective for semi-supervised citation networks",
             "Cora and Pubmed, GRU network, 2,000 updates",
             ("citation-cora", "citation-citeseer", "citation-cora-paper"),
             _citation,
         ),
         Claim(
-            "Efficient and effective: hyperparameters of fully connected networks",
+            "It is efficient and effective for hyperparameters of networks",
             "10,000 MNIST images, 100 to 1,500 inner steps",
             ("hyperopt-paper",),
             _hyperparameters,
@@ -535,14 +535,14 @@ class Claims:
     name: ClassVar[str] = "claims"
 
     def run(self) -> dict[str, Any]:
-        """Writes ``results/claims.json`` and prints its tables."""
+        """Writes ``results/claims.json`` and prints them."""
         papers = {
             paper: [answered(claim) for claim in claims]
             for paper, claims in PAPERS.items()
         }
         result = record("claims", "claims", {}, papers=papers)
         path = write_json("claims", result)
-        say(tables(result))
+        say(answers(result))
         say(f"\nWritten: {path.name}")
         return result
 
@@ -565,20 +565,17 @@ def answered(claim: Claim) -> dict[str, Any]:
     }
 
 
-def tables(result: Result) -> str:
-    """A table a paper."""
+def answers(result: Result) -> str:
+    """All claims with their verdicts, one paper after the other, as Markdown."""
     made = []
     for paper, rows in result["papers"].items():
-        shown = [
-            {
-                "claim": row["claim"],
-                "the paper's set-up": row["setup"],
-                "ours": f"{row['ours']} ({_dated(row['results'])})",
-                "verdict": f"**{row['verdict']}**. {row['why']}",
-            }
-            for row in rows
-        ]
-        made.append(f"## {paper}\n\n{table(shown)}")
+        made.append(f"## {paper}")
+        for row in rows:
+            made.append(
+                f"**{row['claim']}: {row['verdict']}.** {row['why']}\n\n"
+                f"- The paper's set-up: {row['setup']}.\n"
+                f"- Ours: {row['ours']} ({_dated(row['results'])})."
+            )
     return "\n\n".join(made)
 
 

@@ -530,7 +530,7 @@ def example_table(name: str) -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "citation": citation_table,
     "citation-paper": citation_paper_table,
-    "claims": lambda: claims.tables(read_json("claims")),
+    "claims": lambda: claims.answers(read_json("claims")),
     "collection": collection_table,
     "collection-random": collection_random_table,
     "families": families_table,
