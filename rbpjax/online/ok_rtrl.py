@@ -148,6 +148,9 @@ def reduce_sum(
     q_left, r_left = jnp.linalg.qr(widen(us).T)
     q_right, r_right = jnp.linalg.qr(widen(ws).T)
     left, sigma, right = jnp.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    # Values that are zero but for rounding: their roots would be far above it.
+    floor = 4 * sigma.size * float(jnp.finfo(sigma.dtype).eps) * sigma[0]
+    sigma = jnp.where(sigma > floor, sigma, 0)
     if sigma.size <= rank:  # fewer numbers than products: nothing to reduce
         short = rank - sigma.size
         root = jnp.pad(jnp.diag(jnp.sqrt(sigma)), ((0, 0), (0, short)))
@@ -169,8 +172,9 @@ def _mixture(sigma: jax.Array) -> jax.Array:
     m = jnp.where(jnp.any(fits), m, rank - 1)
 
     mixed, total = jnp.arange(rank + 1) >= m, tails[m]
-    share = (rank - m).astype(sigma.dtype) / jnp.where(total > 0, total, 1)
-    square = jnp.where(mixed, jnp.maximum(1 - share * sigma, 0), 0)
+    left = total - (rank - m).astype(sigma.dtype) * sigma  # exactly 0 for one value
+    left = jnp.maximum(left, 0) / jnp.where(total > 0, total, 1)
+    square = jnp.where(mixed, left, 0)
     last = jnp.arange(rank + 1) == rank
     z = jnp.sqrt(jnp.where(total > 0, square, last.astype(sigma.dtype)))
     z = z / jnp.linalg.norm(z)

@@ -56,12 +56,7 @@ def first_step(est, system):
 
 @every
 def test_jit_scan_and_vmap_agree(name):
-    """A jitted scan over a batch of noise equals steps one by one, to rounding.
-
-    OK-RTRL takes the square roots of singular values, and those that should be zero are
-    ε of the largest: √ε is left of them.
-    """
-    atol = 10 * float(jnp.finfo(float).eps) ** 0.5 if name == "ok_rtrl" else 1e-12
+    """A jitted scan over a batch of noise equals steps one by one."""
     system = suited(name, lstm)(n=2, steps=3)
     est = STREAMING[name](system.f, system.loss)
     carry = est.init(system.params, system.h0)
@@ -74,7 +69,7 @@ def test_jit_scan_and_vmap_agree(name):
         signs = jax.tree.map(lambda n, t=t: n[1, t], noise)
         carry, single = step(system.params, carry, system.xs[t], system.ys[t], signs)
         got = jax.tree.map(lambda x, t=t: x[1, t], out)
-        chex.assert_trees_all_close(got, single, rtol=1e-10, atol=atol)
+        chex.assert_trees_all_close(got, single, rtol=1e-10, atol=1e-12)
 
 
 @every
