@@ -13,9 +13,8 @@ from benchmarks.comparison.fuzz.experiment import Fuzz
 from benchmarks.comparison.modes import Modes
 from benchmarks.comparison.rules import Rules
 from benchmarks.comparison.warm import Warm
-from benchmarks.harness import results
-from benchmarks.harness.experiment import Experiment
-from benchmarks.harness.options import UsageError, check, require
+from benchmarks.harness.experiment import Experiment, attempt
+from benchmarks.harness.options import require
 from benchmarks.hopfield.experiment import Hopfield
 from benchmarks.hyperopt.experiment import Hyperopt
 from benchmarks.modern.experiment import Modern
@@ -90,20 +89,7 @@ def main(arguments: list[str]) -> int:
     if not arguments:
         print(overview())
         return 0
-    try:
-        experiment = parse(arguments)
-        check(experiment)
-        results.prepare()
-        experiment.run()
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except SystemExit as exit_:
-        return int(exit_.code or 0)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    return attempt(lambda: parse(arguments))
 
 
 if __name__ == "__main__":

@@ -4,12 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from benchmarks.harness import manifest
 from benchmarks.harness.checkpoints import Checkpoints
-from benchmarks.harness.results import record, write_json
+from benchmarks.harness.progress import say
+from benchmarks.harness.results import read_json, record, write_json
+from benchmarks.harness.tables import table
+
+
+class Report(Protocol):
+    """The module of an example that reads its result file."""
+
+    def rows(self, result: Mapping[str, Any], /) -> list[dict[str, str]]:
+        """Of the table."""
+        ...
+
+    def draw(self, result: Mapping[str, Any], name: str, /) -> Path | None:
+        """The file of the figure, if there is one."""
+        ...
+
+
+def show(report: Report, name: str) -> dict[str, Any]:
+    """Table and figure of a result file; its content."""
+    result = read_json(name)
+    say(table(report.rows(result)))
+    figure = report.draw(result, name)
+    say(f"Written: {name}.json" + (f", {figure.name}" if figure else ""))
+    return result
 
 
 def kept(example: Any) -> dict[str, Any]:

@@ -10,8 +10,7 @@ import numpy as np
 
 from benchmarks.harness.figures import figure, legend, look, save_figure
 from benchmarks.harness.progress import say
-from benchmarks.harness.results import read_json
-from benchmarks.harness.tables import mean_std, table
+from benchmarks.harness.tables import mean_std
 
 NEAR, FAR = (50, 101), (150, 201)
 NOTE = (
@@ -86,11 +85,3 @@ def draw(result: Mapping[str, Any], name: str) -> Path:
     )
     legend(fig, first, second)
     return save_figure(fig, name)
-
-
-def show(name: str) -> dict[str, Any]:
-    """Table and figure of a result file; its content."""
-    result = read_json(name)
-    say(table(rows(result)))
-    say(f"Written: {name}.json, {draw(result, name).name}")
-    return result

@@ -103,7 +103,7 @@ class Graphs:
             networks[task][kind] += [checkpoints.once(f"{name}-done", made)]
         path = results.write("graphs", self, networks=networks)
         checkpoints.clear()
-        return report.show(path.stem)
+        return results.show(report, path.stem)
 
     def train(
         self, checkpoints: Any, name: str, task: str, kind: str, seed: int

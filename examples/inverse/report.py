@@ -14,8 +14,7 @@ from benchmarks.harness.figures import (
     save_figure,
 )
 from benchmarks.harness.progress import say
-from benchmarks.harness.results import read_json
-from benchmarks.harness.tables import mean_std, table
+from benchmarks.harness.tables import mean_std
 
 NOTE = (
     "PSNR in decibels on 1,000 test images, after some iterations; the residual and "
@@ -78,11 +77,3 @@ def draw(result: Mapping[str, Any], name: str) -> Path:
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:.0f}")
     legend(fig, first)
     return save_figure(fig, name)
-
-
-def show(name: str) -> dict[str, Any]:
-    """Table and figure of a result file; its content."""
-    result = read_json(name)
-    say(table(rows(result)))
-    say(f"Written: {name}.json, {draw(result, name).name}")
-    return result

@@ -108,7 +108,7 @@ class Inverse:
         linear |= {"least squares, covariance": psnr(sensing.linear(y), x)}
         path = results.write("inverse", self, networks=networks, linear=linear)
         checkpoints.clear()
-        return report.show(path.stem)
+        return results.show(report, path.stem)
 
     def train(self, checkpoints: Any, sensing: Sensing, kind: str, seed: int) -> Any:
         """One network, from one seed."""

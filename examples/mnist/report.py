@@ -17,8 +17,7 @@ from benchmarks.harness.figures import (
     look,
     save_figure,
 )
-from benchmarks.harness.progress import say
-from benchmarks.harness.tables import mean_std, table
+from benchmarks.harness.tables import mean_std
 
 TITLES = {
     "equilibrium": "at equilibrium",
@@ -112,11 +111,3 @@ def draw(result: Mapping[str, Any], name: str) -> Path:
         ax.set(xlabel="core-minutes")
     legend(fig, first, second, third)
     return save_figure(fig, name)
-
-
-def show(name: str) -> dict[str, Any]:
-    """Table and figure of a result file; its content."""
-    result = results.read_json(name)
-    say(table(rows(result)))
-    say(f"Written: {name}.json, {draw(result, name).name}")
-    return result

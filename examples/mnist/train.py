@@ -155,7 +155,7 @@ class Mnist:
         bytes_ = memory(partial(make, bound=self.bound), *train)
         path = results.write("mnist", self, networks=networks, memory=bytes_)
         checkpoints.clear()
-        return report.show(path.stem)
+        return results.show(report, path.stem)
 
     def train(
         self, checkpoints: Checkpoints, kind: str, train: Any, test: Any, seed: int

@@ -10,8 +10,7 @@ import numpy as np
 
 from benchmarks.harness.figures import figure, legend, look, save_figure
 from benchmarks.harness.progress import say
-from benchmarks.harness.results import read_json
-from benchmarks.harness.tables import mean_std, table
+from benchmarks.harness.tables import mean_std
 
 TITLES = {
     "bounded": "bounded kernel, σ ≤ 1.4",
@@ -71,8 +70,10 @@ def each(values: list[float], form: str) -> str:
     return ", ".join(shown[:1] if len(set(shown)) == 1 else shown) or "–"
 
 
-def draw(result: Mapping[str, Any], name: str) -> Path:
-    """The figure: more iterations, longer strings."""
+def draw(result: Mapping[str, Any], name: str) -> Path | None:
+    """The figure: more iterations, longer strings; None without what it is about."""
+    if "bounded" not in result["networks"]:
+        return None
     fig, (first, second, third) = figure(10, 3.6, ncols=3)
     networks, long = result["networks"], longest(result)
     for i, n in enumerate(map(str, result["options"]["lengths"])):
@@ -113,12 +114,3 @@ def lines(ax: Any, runs: list[Any], n: str, what: str, **style: Any) -> None:
     ax.plot(at, np.median(values, axis=0), **style)
     thin = {k: v for k, v in style.items() if k == "color"}
     ax.plot(at, values.T, lw=0.6, alpha=0.5, **thin)
-
-
-def show(name: str) -> dict[str, Any]:
-    """Table and figure of a result file; its content."""
-    result = read_json(name)
-    say(table(rows(result)))
-    if "bounded" in result["networks"]:
-        say(f"Written: {name}.json, {draw(result, name).name}")
-    return result

@@ -161,7 +161,7 @@ class PrefixSums:
             networks[kind] += [checkpoints.once(f"{kind}-{seed}-done", made)]
         path = results.write("prefix_sums", self, networks=networks)
         checkpoints.clear()
-        return report.show(path.stem)
+        return results.show(report, path.stem)
 
     def train(self, checkpoints: Checkpoints, kind: str, seed: int) -> dict[str, Any]:
         """One network, from one seed."""

@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness.figures import few_decades, figure, legend, look, save_figure
-from benchmarks.harness.progress import say
-from benchmarks.harness.results import read_json
-from benchmarks.harness.tables import mean_std, table
+from benchmarks.harness.tables import mean_std
 
 PANELS = {
     "reactions": ("ligand", "Receptors at rest", ("free", "bound", "inside")),
@@ -108,11 +106,3 @@ def draw(result: Mapping[str, Any], name: str) -> Path:
     last.set_xticks(range(len(kinds)), kinds)
     legend(fig, last)
     return save_figure(fig, name)
-
-
-def show(name: str) -> dict[str, Any]:
-    """Table and figure of a result file; its content."""
-    result = read_json(name)
-    say(table(rows(result)))
-    say(f"Written: {name}.json, {draw(result, name).name}")
-    return result

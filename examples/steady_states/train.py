@@ -142,7 +142,7 @@ class SteadyStates:
             curves = {kind: curve(kind, first[kind], self.seeds[0]) for kind in first}
             path = results.write("steady_states", self, fits=fits, curves=curves)
         checkpoints.clear()
-        return report.show(path.stem)
+        return results.show(report, path.stem)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,12 @@
-"""Examples as a user runs them, but into a folder of the test's own."""
+"""Examples run as a user runs them, where a test asks for it."""
 
-import jax
 import pytest
 
-from benchmarks.harness import checkpoints, results
+from tests.support.apart import as_a_user
 
 
 @pytest.fixture
 def apart(tmp_path, monkeypatch):
-    """JAX's default numerics, and results and checkpoints that vanish afterwards."""
-    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(checkpoints, "CHECKPOINTS", tmp_path / "checkpoints")
-    with (
-        jax.enable_x64(False),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
-        yield tmp_path
+    """In a folder of the test's own."""
+    with as_a_user(monkeypatch, tmp_path) as folder:
+        yield folder
